@@ -1,0 +1,95 @@
+"""The layers hold: imports point down only, and each third-party library has one home."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lowvram"
+
+LAYERS = {
+    "errors": 0,
+    "memory": 1,
+    "recipe": 1,
+    "data": 2,
+    "model": 2,
+    "adapters": 2,
+    "optimizers": 2,
+    "loss": 2,
+    "train": 3,
+    "perplexity": 3,
+    "generate": 3,
+    "checkpoint": 3,
+    "build": 4,
+    "fit": 5,
+    "report": 5,
+    "doctor": 5,
+    "run": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+
+# Third-party package -> the only modules of ours that may import it.
+HOMES = {
+    "peft": {"adapters"},
+    "bitsandbytes": {"optimizers"},
+    "evaluate": {"perplexity"},
+    "datasets": {"data"},
+    "ruamel": {"recipe"},
+    "pydantic": {"recipe"},
+    "click": {"cli"},
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """All dotted module names that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "lowvram":
+                found.update(f"lowvram.{alias.name}" for alias in node.names)
+    return found
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_only(path: Path) -> None:
+    home = module_of(path)
+    for name in imports(path):
+        if not name.startswith("lowvram.") or name == "lowvram.__version__":
+            continue
+        target = name.split(".")[1]
+        if target == home:
+            continue  # within one sub-package
+        assert LAYERS[target] < LAYERS[home], f"{home} must not import {target}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_third_party_libraries_have_one_home(path: Path) -> None:
+    for name in imports(path):
+        allowed = HOMES.get(name.split(".")[0])
+        assert allowed is None or module_of(path) in allowed, f"{name} in {path.name}"
+
+
+@pytest.mark.parametrize("statement", ["import lowvram", "import lowvram.cli", "import lowvram.recipe"])
+def test_import_costs_no_torch(statement: str) -> None:
+    code = f"import sys; {statement}; print(sorted({{'torch','transformers','peft'}} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True
+    )
+    assert result.stdout.strip() == "[]"
