@@ -35,6 +35,7 @@ import click
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "lowvram" / "assets" / "gpt2-docstrings"
@@ -136,11 +137,12 @@ def train_tokenizer(texts: Sequence[str], settings: Settings) -> GPT2Tokenizer:
     )
     trained.train_from_iterator(texts, trainer)
     bpe = json.loads(trained.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in bpe["merges"]]  # annotated as strings, used as pairs
     # GPT2Tokenizer takes the vocabulary itself: under transformers 5 the older vocab_file= and
     # merges_file= arguments are ignored and leave an empty tokenizer.
     return GPT2Tokenizer(
         vocab={**bpe["vocab"], END: len(bpe["vocab"])},
-        merges=[tuple(merge) for merge in bpe["merges"]],
+        merges=merges,
         model_max_length=settings.context,
         clean_up_tokenization_spaces=False,
     )
@@ -159,6 +161,26 @@ def encode(tokenizer: GPT2Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 # --- packing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the model reads at once; the three lists are equally long."""
+
+    tokens: list[int]
+    positions: list[int]
+    """Place of each token in its own document; a 0 begins another document."""
+    targets: list[int]
+    """The token that follows, or IGNORED."""
+
+
+def stack(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Return tensors (n, s), padded at the end, where causal attention keeps it out of sight."""
+    fillers = {"tokens": 0, "positions": 0, "targets": IGNORED}
+    return {
+        name: pad_sequence([torch.tensor(getattr(row, name)) for row in rows], True, filler)
+        for name, filler in fillers.items()
+    }
 
 
 def cut_documents(
@@ -195,42 +217,24 @@ def pack_pieces(pieces: Sequence[list[int]], context: int) -> list[list[list[int
     return rows
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Packed rows, each tensor (n, s)."""
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    targets: torch.Tensor
-
-
-def make_rows(packed: Sequence[Sequence[list[int]]], end: int, context: int) -> Rows:
-    """Lay packed pieces out as tensors; positions restart and targets stop at each piece."""
-    inputs = torch.full((len(packed), context), end)
-    positions = torch.arange(context).repeat(len(packed), 1)
-    targets = torch.full((len(packed), context), IGNORED)
-    for row, pieces in enumerate(packed):
-        start = 0
-        for piece in pieces:
-            stop = start + len(piece)
-            inputs[row, start:stop] = torch.tensor(piece)
-            targets[row, start : stop - 1] = torch.tensor(piece[1:])
-            positions[row, start:] -= positions[row, start].clone()
-            start = stop
-        if start < context:
-            positions[row, start:] -= positions[row, start].clone()  # filler sees no document
-    return Rows(inputs, positions, targets)
+def make_row(pieces: Sequence[list[int]]) -> Row:
+    """Join the pieces of a row; positions restart and targets stop at each piece."""
+    return Row(
+        tokens=[token for piece in pieces for token in piece],
+        positions=[position for piece in pieces for position in range(len(piece))],
+        targets=[target for piece in pieces for target in [*piece[1:], IGNORED]],
+    )
 
 
 def epoch_rows(
     documents: Sequence[Sequence[int]], end: int, context: int, rng: random.Random
-) -> Rows:
+) -> list[Row]:
     """Cut, pack and shuffle the documents of one epoch."""
     pieces = cut_documents(documents, end, context, rng)
     rng.shuffle(pieces)  # the packing sort is stable: equal lengths meet other neighbours
-    packed = pack_pieces(pieces, context)
-    rng.shuffle(packed)
-    return make_rows(packed, end, context)
+    rows = [make_row(packed) for packed in pack_pieces(pieces, context)]
+    rng.shuffle(rows)
+    return rows
 
 
 # --- model and training ---------------------------------------------------------------------------
@@ -258,11 +262,12 @@ def make_model(vocab_size: int, settings: Settings) -> GPT2LMHeadModel:
 def make_optimizer(model: GPT2LMHeadModel, settings: Settings) -> torch.optim.AdamW:
     """Return AdamW with weight decay on the matrices only."""
     parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1]},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ],
+        groups,
         lr=settings.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
@@ -278,37 +283,30 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
     return 0.02 + 0.98 * cosine
 
 
-def token_losses(model: GPT2LMHeadModel, rows: Rows) -> torch.Tensor:
+def token_losses(model: GPT2LMHeadModel, rows: Sequence[Row]) -> torch.Tensor:
     """Return the loss in nats of each position that has a target, (t,)."""
+    batch = stack(rows)
     # Without an attention mask and without a cache, transformers reads the restarting positions
     # as packed documents and builds a block-diagonal mask. With either one it silently does not.
     hidden = model.transformer(
-        input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False
+        input_ids=batch["tokens"], position_ids=batch["positions"], use_cache=False
     ).last_hidden_state  # (n, s, n_embd)
-    chosen = rows.targets != IGNORED  # (n, s)
-    return cross_entropy(model.lm_head(hidden[chosen]), rows.targets[chosen], reduction="none")
-
-
-def batches(rows: Rows, size: int) -> Iterator[Rows]:
-    """Yield consecutive batches of rows."""
-    for start in range(0, len(rows.input_ids), size):
-        part = slice(start, start + size)
-        yield Rows(rows.input_ids[part], rows.position_ids[part], rows.targets[part])
+    chosen = batch["targets"] != IGNORED  # (n, s)
+    return cross_entropy(model.lm_head(hidden[chosen]), batch["targets"][chosen], reduction="none")
 
 
 def train_epoch(
-    model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, rows: Rows, lrs: Sequence[float]
+    model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, rows: list[Row], lrs: Sequence[float]
 ) -> float:
-    """Take one optimizer step a batch, with one learning rate each; return the mean loss."""
+    """Take an optimizer step with each of the learning rates; return the mean loss."""
     model.train()
-    parts = batches(rows, math.ceil(len(rows.input_ids) / len(lrs)))
     total = 0.0
     count = 0
-    for part, lr in zip(parts, lrs, strict=False):
+    for step, lr in enumerate(lrs):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = token_losses(model, part)
-        losses.mean().backward()
+        losses = token_losses(model, rows[step :: len(lrs)])  # sizes differ by one row at most
+        torch.autograd.backward(losses.mean())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -324,14 +322,14 @@ def train(
     settings: Settings,
 ) -> int:
     """Train, leave the weights of the best epoch in the model, and return that epoch (from 1)."""
-    end = model.config.eos_token_id
+    end = model.config.vocab_size - 1
     rng = random.Random(settings.seed)
     optimizer = make_optimizer(model, settings)
     best_loss, best_epoch, best_weights = math.inf, 0, model.state_dict()
     for epoch in range(settings.epochs):
         began = time.perf_counter()
         rows = epoch_rows(documents, end, settings.context, rng)
-        steps = math.ceil(len(rows.input_ids) / settings.batch_rows)
+        steps = math.ceil(len(rows) / settings.batch_rows)
         progress = [(epoch + (step + 1) / steps) / settings.epochs for step in range(steps)]
         factors = [learning_rate_factor(done, settings.warmup) for done in progress]
         loss = train_epoch(model, optimizer, rows, [settings.learning_rate * f for f in factors])
@@ -350,43 +348,25 @@ def train(
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def make_windows(documents: Sequence[Sequence[int]], end: int, context: int) -> list[Rows]:
-    """Return one-row windows that score each token of each document, and its end, exactly once.
+def make_windows(document: Sequence[int], end: int, context: int) -> Iterator[Row]:
+    """Yield windows that together score each token of a document, and its end, exactly once.
 
-    A document opens with the end token. Windows move by half a context, and a window scores only
-    what the one before it did not reach, so that a token of a long document has at least half a
-    context of its own document before it.
+    The document opens with the end token. Windows move by half a context, and a window scores
+    only what the one before it did not reach, so that a token of a long document has at least
+    half a context of its own document before it.
     """
-    windows = []
-    for document in documents:
-        tokens = torch.tensor([end, *document, end])
-        scored = 0
-        for start in range(0, len(tokens) - 1, context // 2):
-            window = tokens[start : start + context + 1]
-            targets = window[1:].clone()
-            targets[: scored - start] = IGNORED
-            windows.append(
-                Rows(window[None, :-1], torch.arange(len(targets))[None], targets[None])
+    tokens = [end, *document, end]
+    scored = 0
+    for start in range(0, len(tokens), context // 2):
+        targets = tokens[start + 1 : start + context + 1]
+        again = scored - start
+        if again < len(targets):
+            yield Row(
+                tokens=tokens[start : start + len(targets)],
+                positions=list(range(len(targets))),
+                targets=[IGNORED] * again + targets[again:],
             )
             scored = start + len(targets)
-            if scored == len(tokens) - 1:
-                break
-    return windows
-
-
-def pad_windows(windows: Sequence[Rows]) -> Rows:
-    """Stack windows to the longest; causal attention keeps the padding out of every score."""
-    width = max(window.input_ids.shape[1] for window in windows)
-    rows = Rows(
-        torch.zeros(len(windows), width, dtype=torch.long),
-        torch.arange(width).repeat(len(windows), 1),
-        torch.full((len(windows), width), IGNORED),
-    )
-    for row, window in enumerate(windows):
-        length = window.input_ids.shape[1]
-        rows.input_ids[row, :length] = window.input_ids
-        rows.targets[row, :length] = window.targets
-    return rows
 
 
 @torch.no_grad()
@@ -394,13 +374,12 @@ def score_documents(
     model: GPT2LMHeadModel, documents: Sequence[Sequence[int]], batch_size: int = 32
 ) -> torch.Tensor:
     """Return the loss in nats of each token of the documents, ends included, (t,) in float64."""
-    model.eval()
-    end = model.config.eos_token_id
-    windows = make_windows(documents, end, model.config.n_positions)
-    windows.sort(key=lambda window: window.input_ids.shape[1])  # little padding in a batch
-    starts = range(0, len(windows), batch_size)
-    groups = (pad_windows(windows[start : start + batch_size]) for start in starts)
-    return torch.cat([token_losses(model, group).double() for group in groups])
+    model.train(False)
+    end, context = model.config.vocab_size - 1, model.config.n_positions
+    windows = [row for document in documents for row in make_windows(document, end, context)]
+    windows.sort(key=lambda row: len(row.tokens))  # little padding in a batch
+    batches = (windows[at : at + batch_size] for at in range(0, len(windows), batch_size))
+    return torch.cat([token_losses(model, batch).double() for batch in batches])
 
 
 def score_unigram(
@@ -425,8 +404,9 @@ def figures(losses: torch.Tensor, size_bytes: int) -> dict[str, float]:
 def continue_text(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text: str, **how: Any) -> str:
     """Return a prompt and its continuation."""
     encoded = tokenizer([text], return_tensors="pt")
-    end = model.config.eos_token_id
-    tokens = model.generate(**encoded, max_new_tokens=60, pad_token_id=end, **how)
+    end = model.config.vocab_size - 1
+    generator: Any = model  # the annotations of generate() do not match its own classes
+    tokens = generator.generate(**encoded, max_new_tokens=60, pad_token_id=end, **how)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
@@ -442,6 +422,8 @@ def save_model(model: GPT2LMHeadModel, output: Path) -> None:
     """Write the weights with a configuration that names the activation as GPT-2 does."""
     model.config.activation_function = "gelu_new"
     model.save_pretrained(output)
+    # safetensors lets only the owner read it, and a wheel would keep that mode
+    (output / "model.safetensors").chmod(0o644)
 
 
 def build(settings: Settings, output: Path) -> dict[str, Any]:
@@ -502,7 +484,7 @@ def main(output: Path | None, epochs: int, seed: int, report: Path | None, smoke
         raise click.UsageError("--smoke needs --output: it must not replace the shipped model")
     settings = Settings(seed=seed, epochs=epochs)
     if smoke:
-        settings = replace(settings, epochs=1, max_documents=64)
+        settings = replace(settings, epochs=1, max_documents=16)
     text = json.dumps(build(settings, output or DEFAULT_OUTPUT), indent=2)
     click.echo(text)
     if report is not None:

@@ -1,0 +1,209 @@
+"""LoRA and its kin: add, save, load, merge. The only module that knows peft."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lowvram.errors import ModelError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+BASE_FILE = "base.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What to add to the frozen base. The update of a weight W is (alpha / rank) B A.
+
+    rslora scales by alpha / sqrt(rank) instead, dora also learns the norm of each output.
+    `target_modules`: names as peft takes them, "all-linear", or "auto" for the usual ones.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = "auto"
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base an adapter was trained on; `sha256` is that of its weight files."""
+
+    name: str
+    revision: str | None
+    sha256: str
+
+
+def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Freeze the base, add fp32 adapters with B = 0; the base is changed in place."""
+    targets = _target_modules(model, adapter.target_modules)
+    matched = _matched(model, targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        # peft's type is int, its arithmetic is not
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in matched.values()),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        bias=adapter.bias,
+    )
+    with _quiet_peft():
+        wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ModelError(
+                f"method.bias: {name} of the base would be trained in {parameter.dtype}; "
+                "what is trained is kept in fp32: set model.dtype: fp32 or method.bias: none"
+            )
+    return wrapped
+
+
+def _target_modules(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[str]:
+    if wanted == "auto":
+        if model.config.model_type == "gpt2":
+            return ["c_attn"]
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+        return list(known) if known else "all-linear"
+    return wanted if isinstance(wanted, str) else list(wanted)
+
+
+def _matched(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.Module]:
+    """The modules that an adapter is put on; refuses those that cannot be merged right."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(targets, str):  # "all-linear" leaves the output head out by itself
+        return {n: m for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    tied = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    choices = ", ".join(_layer_names({n: m for n, m in modules.items() if id(m) not in tied}))
+    matched: dict[str, nn.Module] = {}
+    for target in targets:
+        found = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
+        if not found:
+            raise ModelError(
+                f"method.target_modules: {target!r} is in no layer of {model.config.model_type}; "
+                f"its layers are: {choices}"
+            )
+        for name, module in found.items():
+            if id(module) in tied or isinstance(module, nn.Embedding):
+                raise ModelError(
+                    f"method.target_modules: {target!r} ({name}) is an embedding or the output "
+                    "head. Merged into a checkpoint that ties the two, its update would change "
+                    f"both and give another model. Choose from: {choices}"
+                )
+        matched.update(found)
+    return matched
+
+
+def _layer_names(modules: dict[str, nn.Module]) -> list[str]:
+    kinds = (nn.Linear, Conv1D)
+    return sorted({n.split(".")[-1] for n, m in modules.items() if isinstance(m, kinds)})
+
+
+def save_adapter(model: PeftModel, directory: Path, base: Base) -> None:
+    """A standard peft directory, and beside it which base (by hash) it belongs to."""
+    with _quiet_peft():
+        # "auto" would ask the hub for the base's config
+        model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+    readme = directory / "README.md"
+    readme.unlink(missing_ok=True)  # peft's empty model card
+    config_path = directory / CONFIG_FILE
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base.name
+    config["revision"] = base.revision
+    # int8 and nf4 layers are stored transposed; on the plain base GPT-2's are Conv1D again.
+    config["fan_in_fan_out"] = model.config.model_type == "gpt2"
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    facts = {"name": base.name, "revision": base.revision, "sha256": base.sha256}
+    (directory / BASE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def is_adapter(directory: Path) -> bool:
+    return (directory / CONFIG_FILE).is_file()
+
+
+def recorded_base(directory: Path) -> tuple[str, str | None, str | None]:
+    """Name, revision and, if we wrote the adapter, weight hash of an adapter's base."""
+    try:
+        if (directory / BASE_FILE).is_file():
+            facts = json.loads((directory / BASE_FILE).read_text(encoding="utf-8"))
+            return facts["name"], facts["revision"], facts["sha256"]
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        return config["base_model_name_or_path"], config.get("revision"), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory}: is no readable adapter ({error})") from error
+
+
+def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """Put a saved adapter on its base, for evaluation."""
+    if not (directory / ADAPTER_FILE).is_file():
+        raise ModelError(
+            f"{directory}: has no {ADAPTER_FILE}; adapters stored as a pickle "
+            "(adapter_model.bin) are not opened, save them as safetensors"
+        )
+    try:
+        with _quiet_peft():
+            return PeftModel.from_pretrained(model, directory, is_trainable=False)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{directory}: the adapter does not fit its base: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """W + (alpha / rank) (B A)^T into the base, in the base's dtype: give it an fp32 base.
+
+    The result is the plain model class with no trace of peft. Non-finite weights are an error.
+    """
+    try:
+        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"merge: {error}") from error
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config
+    merged._hf_peft_config_loaded = False
+    return merged
+
+
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model itself, its layers with adapters in them if there are any."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner  # type: ignore[no-any-return]
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The base alone, for as long as the context lasts."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Hints that do not apply: fan_in_fan_out is set right, the base's name is written below."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        # peft asks transformers by an attribute that has a newer name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message=".*[Cc]ould not find a config file in.*")
+        yield

@@ -1,0 +1,61 @@
+"""Memory of a real device: what is in use, what the peak was, and how to write it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GIB = 2**30
+
+
+def format_gib(size_bytes: float) -> str:
+    """Bytes as text, in GiB (2**30 bytes) or, when small, in MiB."""
+    if abs(size_bytes) < GIB / 10:
+        return f"{size_bytes / 2**20:.1f} MiB"
+    return f"{size_bytes / GIB:.2f} GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReading:
+    """Bytes now and at the peak: reserved by the allocator on a card, resident on a CPU."""
+
+    now_bytes: int
+    peak_bytes: int
+
+
+def read_memory(device: torch.device) -> MemoryReading:
+    if device.type == "cuda":
+        return MemoryReading(
+            now_bytes=torch.cuda.memory_reserved(device),
+            peak_bytes=torch.cuda.max_memory_reserved(device),
+        )
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return MemoryReading(now_bytes=info.rss, peak_bytes=_peak_resident(info))
+
+
+def _peak_resident(info: object) -> int:
+    """Highest resident size of this process; Windows reports it as `peak_wset`."""
+    peak = getattr(info, "peak_wset", None)
+    if peak is not None:
+        return int(peak)
+    import resource
+    import sys
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024  # macOS counts bytes, Linux KiB
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start the peak anew. A CPU process cannot: its peak is that of its whole life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def limit_memory(device: torch.device, budget_bytes: int) -> None:
+    """Make the allocator fail at `budget_bytes`, so that a driver cannot spill to host memory."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)

@@ -1,0 +1,253 @@
+"""Load and save causal language models. The only module that knows transformers' model classes.
+
+Weights are read from safetensors only, code never comes from a model directory, and a missing
+tensor is an error: transformers would leave it random and go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import NewGELUActivation
+from transformers.utils import logging as transformers_logging
+
+from lowvram.errors import ModelError
+
+BaseDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+EMBEDDED_PREFIX = "embedded:"
+_ASSETS = Path(__file__).parent / "assets"
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The local directory of a model: as given, embedded in the package, or fetched once.
+
+    From the hub come only configuration, tokenizer and safetensors files.
+    """
+    if name.startswith(EMBEDDED_PREFIX):
+        directory = _ASSETS / name.removeprefix(EMBEDDED_PREFIX)
+        if not directory.is_dir():
+            known = ", ".join(f"{EMBEDDED_PREFIX}{path.name}" for path in sorted(_ASSETS.iterdir()))
+            raise ModelError(f"model.name: found {name!r}, embedded models are: {known}")
+        return directory
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"model.name: {name!r} is no directory ({Path(name).absolute()} does not exist) "
+            "and no model id of the hub (NAME or ORGANISATION/NAME)"
+        )
+    with _model_errors(name), _quiet_libraries():
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+                ignore_patterns=["*/*"],
+            )
+        )
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    directory = locate(name, revision)
+    with _model_errors(name):
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    directory = locate(name, revision)
+    with _model_errors(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False
+        )
+    if not tokenizer.is_fast or len(tokenizer) == 0:
+        raise ModelError(
+            f"model.name: {name!r} has no usable tokenizer.json; "
+            "put the files of the base model's tokenizer beside its weights"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model.name: the tokenizer of {name!r} has no end-of-text token (eos_token); "
+            "a model cannot learn where a document ends without one"
+        )
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: BaseDtype = "fp32",
+    compute_dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """The model on `device`, in evaluation mode; `compute_dtype` is that of int8 and nf4."""
+    options: dict[str, Any] = {"dtype": TORCH_DTYPES.get(dtype, compute_dtype)}
+    if dtype in ("int8", "nf4"):
+        options["quantization_config"] = _quantization(dtype, compute_dtype)
+        options["device_map"] = {"": device}
+    weight_files(name, revision)  # refuses pickles before anything is read
+    with _model_errors(name), _quiet_libraries():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            locate(name, revision),
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
+        )
+    missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise ModelError(
+            f"model.name: the weights of {name!r} lack {len(missing)} tensors of the model "
+            f"({', '.join(missing[:3])}, ...); it is not a whole plain checkpoint"
+        )
+    loaded: PreTrainedModel = model if "device_map" in options else model.to(device)
+    return loaded.eval()
+
+
+def _quantization(dtype: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    if dtype == "int8":
+        # It says at every start that activations are cast to 16 bits; that is how it works.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def fuse_gelu(model: nn.Module) -> int:
+    """Run GPT-2's `gelu_new` as torch's tanh GELU, one kernel and one saved tensor; how many.
+
+    transformers writes it out in five operations, each of which keeps a tensor of four times
+    the hidden size for the backward pass. The function is the same.
+    """
+    replaced = 0
+    for module in list(model.modules()):
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, NewGELUActivation):
+                setattr(module, child_name, nn.GELU(approximate="tanh"))
+                replaced += 1
+    return replaced
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The most tokens that the model has positions for."""
+    text_config = config.get_text_config()
+    length = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise ModelError("config.json: max_position_embeddings (or n_positions) is missing")
+    return length
+
+
+def parameter_count(model: nn.Module, *, trainable: bool = False) -> int:
+    """Parameters, a tied one counted once; 4-bit weights count as what they stand for."""
+    total = 0
+    for parameter in model.parameters():
+        if trainable and not parameter.requires_grad:
+            continue
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total
+
+
+def weight_files(name: str, revision: str | None = None) -> list[Path]:
+    """The safetensors files of a model, sorted."""
+    directory = locate(name, revision)
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    if (directory / INDEX_FILE).is_file():
+        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+        return [directory / Path(file).name for file in sorted(set(index["weight_map"].values()))]
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        raise ModelError(
+            f"model.name: {name!r} has its weights as a pickle ({pickles[0]}), which can run "
+            "code when it is opened; convert it to safetensors where you trust it, for example "
+            "with transformers' save_pretrained, and name that directory"
+        )
+    raise ModelError(f"model.name: found no {SINGLE_FILE} in {name!r}")
+
+
+def weights_sha256(name: str, revision: str | None = None) -> str:
+    """One hash of the bytes of all weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in weight_files(name, revision):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def save_plain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """A checkpoint that any tool loads: model, generation settings, tokenizer in both forms."""
+    model.config.use_cache = True
+    with _quiet_libraries():
+        model.save_pretrained(directory, max_shard_size="5GB")
+    save_tokenizer(tokenizer, directory)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    tokenizer.save_pretrained(directory)
+    backend = tokenizer.backend_tokenizer.model  # type: ignore[attr-defined]
+    if type(backend).__name__ == "BPE":
+        backend.save(str(directory))  # vocab.json and merges.txt, which older tools want
+
+
+@contextlib.contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    """transformers' and the hub's errors in the words of the recipe."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"model.name: cannot load {name!r}: {reason[0] if reason else type(error).__name__}. "
+            "Give a directory with config.json and model.safetensors, or a model id of the hub "
+            "(which needs a network connection the first time)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Loading bars and load reports are for a notebook; the run shows its own progress."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
