@@ -8,7 +8,8 @@ LowVRAMError                 exit code 1
 ├── DeviceError              6   this machine cannot do what the recipe asks
 ├── DoesNotFit               7   the run does not fit into the memory it may use
 ├── TrainingError            8   training was stopped because going on would be of no use
-└── ProofError               9   a result differs from what it must equal; nothing was put out
+├── ProofError               9   a result differs from what it must equal; nothing was put out
+└── Interrupted              130 stopped by Ctrl-C or SIGTERM, after saving
 
 A message names what is wrong (key or file), what was found, what is allowed and what to do.
 """
@@ -52,3 +53,7 @@ class TrainingError(LowVRAMError):
 
 class ProofError(LowVRAMError):
     exit_code = 9
+
+
+class Interrupted(LowVRAMError):
+    exit_code = 130

@@ -36,6 +36,10 @@ from lowvram.errors import ModelError, RecipeError
 
 _BATCH_TOKENS = 4096  # whose keys and values are cached at once: 288 MiB for GPT-2 in fp32
 _OVERLAP = 5  # tokens of the prompt that are decoded along: they decide about leading spaces
+_SPACE = (
+    "the prompt ends in a space, which most tokenizers join to the next word: "
+    "the continuation will be better without it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +145,9 @@ def stream(
 ) -> Generator[str, None, Continuation]:
     """Yields the text that `generate` gives for this prompt alone, in whole characters.
 
-    Returns the Continuation (`continuation = yield from stream(...)`). Between the pieces nothing
-    is held but memory, so it may be left at any time. Beam search has no text before its end, so
-    all comes at once.
+    Returns the Continuation (`continuation = yield from stream(...)`). It may be left at any time:
+    between pieces it holds nothing but memory. Beam search has no text before its end: all of it
+    comes at once.
     """
     if sampling.num_beams > 1:
         [whole] = generate(
@@ -154,11 +158,11 @@ def stream(
     model, ends = _causal(model), _ends(model, tokenizer)
     [request] = _requests(model, tokenizer, [prompt], sampling, allow_special_tokens)
     tokens, for_text = itertools.tee(_tokens(model, request, sampling, ends))
-    text = ""
+    text = []
     for piece in _pieces(tokenizer, request, for_text, ends):
-        text += piece
+        text.append(piece)
         yield piece
-    return _continuation(request, text, list(tokens), ends)
+    return _continuation(request, "".join(text), list(tokens), ends)
 
 
 def fit_prompt(
@@ -289,11 +293,7 @@ def _requests(
                 f"{prompt!r}, and the model knows 0 to {config.vocab_size - 1}"
             )
         ids, cut = fit_prompt(ids, limit, sampling.max_new_tokens)
-        space = (
-            "the prompt ends in a space, which most tokenizers join to the next word: "
-            "the continuation will be better without it"
-        )
-        notes = tuple(note for note in (cut, space if prompt.endswith(" ") else None) if note)
+        notes = tuple(note for note in (cut, prompt.endswith(" ") and _SPACE) if note)
         processors = _processors(sampling, prompt, times_seen[prompt])
         requests.append(_Request(prompt=prompt, ids=ids, notes=notes, processors=processors))
         times_seen[prompt] += 1
@@ -309,12 +309,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, special: bool) -> l
         backend.encode_special_tokens = setting  # transformers leaves its own there
     if ids:
         return ids
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise ModelError(
-            "an empty prompt needs a tokenizer with a token that begins or ends a text"
-        )
-    return [start]
+    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if start is not None:
+            return [start]
+    raise ModelError("an empty prompt needs a tokenizer with a token that begins or ends a text")
 
 
 def _processors(sampling: Sampling, prompt: str, occurrence: int) -> LogitsProcessorList:
@@ -357,12 +355,11 @@ def _run(
 ) -> list[list[int]]:
     """The new tokens of each request, up to and with the one that ends its text."""
     longest = max(len(request.ids) for request in batch)
-    paddings = [longest - len(request.ids) for request in batch]
+    rows = [(longest - len(request.ids), request) for request in batch]  # padding, request
     pad = min(ends, default=0)  # any id will do, the mask hides it
-    rows = list(zip(paddings, batch, strict=True))
     ids = torch.tensor([[pad] * n + request.ids for n, request in rows])  # (b, s)
     mask = torch.tensor([[0] * n + [1] * len(request.ids) for n, request in rows])
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+    settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         num_beams=sampling.num_beams,
         length_penalty=float(sampling.length_penalty),
@@ -411,7 +408,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     settings = model.generation_config
     model.eval()
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:

@@ -94,7 +94,9 @@ def _chunked_loss(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+        loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets
+        )
         if label_smoothing:
             margin = hidden.float() * (weight[targets].float() - weight.float().mean(0))
             loss = loss + label_smoothing * margin.sum()

@@ -76,7 +76,8 @@ def locate(name: str, revision: str | None = None) -> Path:
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     directory = locate(name, revision)
     with _model_errors(name):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return config
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -114,7 +115,7 @@ def load_model(
         options["device_map"] = {"": device}
     weight_files(name, revision)  # refuses pickles before anything is read
     with _model_errors(name), _quiet_libraries():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             locate(name, revision),
             trust_remote_code=False,
             use_safetensors=True,
@@ -122,14 +123,29 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    model, report = loaded
     missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise ModelError(
             f"model.name: the weights of {name!r} lack {len(missing)} tensors of the model "
             f"({', '.join(missing[:3])}, ...); it is not a whole plain checkpoint"
         )
-    loaded: PreTrainedModel = model if "device_map" in options else model.to(device)
-    return loaded.eval()
+    if "device_map" not in options:
+        model.to(device)
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def cast_weights(model: nn.Module, dtype: str) -> None:
+    model.to(TORCH_DTYPES[dtype])
+
+
+def empty_model(name: str, revision: str | None = None) -> PreTrainedModel:
+    """The model on the meta device: shapes, no weights."""
+    config = load_config(name, revision)
+    with _model_errors(name), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
 
 
 def _quantization(dtype: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -207,9 +223,7 @@ def weights_sha256(name: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def save_plain(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
-) -> None:
+def save_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """A checkpoint that any tool loads: model, generation settings, tokenizer in both forms."""
     model.config.use_cache = True
     with _quiet_libraries():
@@ -219,7 +233,7 @@ def save_plain(
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
-    backend = tokenizer.backend_tokenizer.model  # type: ignore[attr-defined]
+    backend = tokenizer.backend_tokenizer.model
     if type(backend).__name__ == "BPE":
         backend.save(str(directory))  # vocab.json and merges.txt, which older tools want
 

@@ -32,7 +32,7 @@ FILES = {
 }
 
 # Written for this test in the manner of a docstring; it is in no standard library.
-UNSEEN_TEXT = '''Return the sorted names of all files in a directory.
+UNSEEN_TEXT = """Return the sorted names of all files in a directory.
 
 If the optional argument recursive is true, the files of every subdirectory are included too.
 The argument path must be a string or a path-like object. Names are returned as strings, in the
@@ -43,7 +43,7 @@ new list; changing it has no effect on the directory.
 
     >>> list_files("project", recursive=True)
     ['README.txt', 'setup.py']
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_sections_that_are_commented_out_are_empty(write: Write) -> None:
 
 def test_recipes_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        recipe().train.epochs = 1  # type: ignore[misc]
+        recipe().train.epochs = 1
     assert isinstance(hash(recipe(data__source=["a", "b"])), int)
 
 
@@ -436,12 +436,8 @@ def test_values_in_messages_are_short_and_printable() -> None:
             "auto or one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 21, 22, "
             "...",
         ),
-        (
-            {"train.warmup_steps": 500, "train.max_steps": 100},
-            "--set train.warmup_steps: 500 is more than train.max_steps: 100. Choose at most 100, or "
-            "a fraction such as 0.03",
-        ),
-        ({"train.warmup_steps": 0.5, "train.max_steps": 1}, None),
+        # What remains of the warm-up is decided when the number of steps is known.
+        ({"train.warmup_steps": 500, "train.max_steps": 10}, None),
         ({"data.validation_source": "v.txt", "data.validation_fraction": 0}, None),
         ({"data.loss_on": "completion"}, None),
         ({"train.label_smoothing": 0.1, "train.chunked_loss": True}, None),
@@ -667,18 +663,18 @@ def test_e2e_has_the_settings_of_the_paper() -> None:
 def test_a_bad_recipe_is_refused_quickly_and_without_torch(write: Write) -> None:
     path = write(HEAD + "train: {epochs: 0}")
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time; start = time.process_time()\n"
         "from lowvram.recipe import load_recipe\n"
         f"try: load_recipe({str(path)!r})\n"
         "except Exception: pass\n"
-        "print(time.perf_counter() - start)\n"
+        "print(time.process_time() - start)\n"
         "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(3)
     ]
-    # The best of three: other work on the machine only ever adds to it.
+    # Processor time, and the best of three: other work on the machine must not count.
     assert min(float(run.stdout.split("\n")[0]) for run in runs) < 0.5
     assert runs[0].stdout.split("\n")[1] == "[]"
 

@@ -31,14 +31,15 @@ class Reader:
     def more(self) -> bool:
         """Double what is unread, so that time stays linear in a long value; False at the end."""
         unread = self.text[self.position :]
-        parts, wanted = [unread], max(1, len(unread))
-        for chunk in self.chunks:
+        parts = [unread]
+        wanted = max(1, len(unread))
+        while wanted > 0 and (chunk := next(self.chunks, "")):
             parts.append(chunk)
             wanted -= len(chunk)
-            if wanted <= 0:
-                break
+        if len(parts) == 1:
+            return False
         self.text, self.position = "".join(parts), 0
-        return len(self.text) > len(unread)
+        return True
 
     def move(self, end: int) -> None:
         self.line += self.text.count("\n", self.position, end)

@@ -72,11 +72,10 @@ def write_store(
     try:
         for batch in batches(pieces):
             for piece, ids in zip(batch, encoder.encode([p.text for p in batch]), strict=True):
-                if at_start:
-                    writer.add("", encoder.prefix, piece.prompt)
-                writer.add(piece.text, ids, piece.prompt)
+                front = encoder.prefix if at_start else []
+                back = encoder.suffix if piece.end else []
+                writer.add(piece.text, front + ids + back, piece.prompt)
                 if piece.end:
-                    writer.add("", encoder.suffix)
                     writer.end()
                 text_tokens, at_start = text_tokens + len(ids), piece.end
             tell()

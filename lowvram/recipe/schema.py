@@ -247,7 +247,7 @@ class FitSection(Section):
 
 class EvaluateSection(Section):
     stride: Literal["auto"] | Count = "auto"
-    """Tokens that the window moves by; auto moves it by its own length."""
+    """Tokens that the window moves by; auto moves it by half its length."""
     max_tokens: Count | None = 32768
     """Tokens to score at most; null scores all."""
 
@@ -295,7 +295,7 @@ class Conflict:
 def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _method_conflicts(recipe)
     yield from _validation_conflicts(recipe.data)
-    yield from _step_conflicts(recipe)
+    yield from _batch_conflicts(recipe)
 
 
 def _method_conflicts(recipe: Recipe) -> Iterator[Conflict]:
@@ -332,20 +332,13 @@ def _validation_conflicts(data: DataSection) -> Iterator[Conflict]:
                 )
 
 
-def _step_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+def _batch_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     train, micro = recipe.train, recipe.fit.micro_batch_size
     if micro != "auto" and train.global_batch_size % micro:
         yield Conflict(
             keys=("fit.micro_batch_size", "train.global_batch_size"),
             message=f"{micro} does not divide train.global_batch_size: {train.global_batch_size}. "
             f"Choose auto or one of {_divisors(train.global_batch_size)}",
-        )
-    warmup, steps = train.warmup_steps, train.max_steps
-    if isinstance(warmup, int) and steps is not None and warmup > steps:
-        yield Conflict(
-            keys=("train.warmup_steps", "train.max_steps"),
-            message=f"{warmup} is more than train.max_steps: {steps}. Choose at most {steps}, or a "
-            "fraction such as 0.03",
         )
 
 

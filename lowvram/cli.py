@@ -1,0 +1,299 @@
+"""The `lowvram` command: parse, call, print, exit code. Heavy imports wait for their use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowvram import __version__
+from lowvram.errors import LowVRAMError
+
+_DTYPES = click.Choice(["fp32", "bf16", "fp16"])
+_FORMATS = click.Choice(["document", "lines", "paragraphs"])
+
+
+def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Our errors become one message and their exit code; anything else is a bug and shows."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LowVRAMError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.stderr.close()  # nobody reads on; Python would complain about it at its end
+            sys.exit(1)
+
+    return wrapper
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lowvram")
+def main() -> None:
+    """Fine-tune GPT-2-class language models on one small GPU.
+
+    A recipe in YAML goes in, a plain checkpoint that any tool loads comes out.
+    """
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Start anew where a run already is.")
+@click.option("--dry-run", is_flag=True, help="Print the whole recipe and the plan, and stop.")
+@click.option("--quiet", is_flag=True, help="Print the result only.")
+@_reports_errors
+def run(
+    recipe: str,
+    settings: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Train as RECIPE (a file or a shipped recipe's name) says, merge, prove and evaluate.
+
+    Exit codes: 0 done, 2 recipe, 3 data, 4 model, 5 run directory, 6 device, 7 memory,
+    8 training stopped, 9 proof failed, 130 interrupted (state saved).
+    """
+    from lowvram.recipe import dump_recipe, load_recipe, parse_set
+
+    loaded = load_recipe(recipe, dict(parse_set(setting) for setting in settings))
+    if dry_run:
+        click.echo(dump_recipe(loaded), nl=False)
+    from lowvram.display import Display
+    from lowvram.plan import plan
+    from lowvram.run import announce
+    from lowvram.run import run as run_recipe
+
+    display = Display(quiet=quiet)
+    if dry_run:
+        click.echo()
+        announce(plan(loaded), display)
+        return
+    result = run_recipe(loaded, resume=resume, overwrite=overwrite, display=display)
+    merged = Path(result.output_dir) / "merged"
+    click.echo(f"next: lowvram generate {_shell(merged)} --interactive")
+
+
+@main.group()
+def recipes() -> None:
+    """The recipes that ship with lowvram."""
+
+
+@recipes.command("list")
+@_reports_errors
+def list_() -> None:
+    """Names and what they are for."""
+    from lowvram.recipe import list_recipes
+
+    found = list_recipes()
+    width = max(len(name) for name, _ in found)
+    for name, description in found:
+        click.echo(f"{name:<{width}}  {description}")
+
+
+@recipes.command()
+@click.argument("name")
+@_reports_errors
+def show(name: str) -> None:
+    """Print a recipe."""
+    from lowvram.recipe import recipe_text
+
+    click.echo(recipe_text(name), nl=False)
+
+
+@recipes.command()
+@click.argument("name")
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+@_reports_errors
+def copy(name: str, target: Path | None) -> None:
+    """Copy a recipe to TARGET (default: NAME.yaml here), to make it yours."""
+    from lowvram.errors import RecipeError
+    from lowvram.recipe import recipe_text
+
+    text = recipe_text(name)
+    path = target or Path(f"{name}.yaml")
+    if path.is_dir():
+        path = path / f"{name}.yaml"
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{path}: is there already; name another file") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+    click.echo(f"next: lowvram run {_shell(path)}")
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="New directory.")
+@click.option("--base", help="Where the base is now, if not where it was.")
+@click.option("--dtype", type=_DTYPES, default="fp32", show_default=True, help="Of the file.")
+@_reports_errors
+def merge(adapter: Path, output: Path, base: str | None, dtype: str) -> None:
+    """Merge ADAPTER (a peft directory, or a run) into a plain checkpoint, and prove it equal."""
+    from lowvram.merge import find_adapter
+    from lowvram.merge import merge as merge_adapter
+
+    proof = merge_adapter(find_adapter(adapter), output, base=base, dtype=dtype)
+    click.echo(
+        f"{output}: largest logit difference {proof.max_logit_difference:.2g} "
+        f"(allowed {proof.tolerance:.2g}), as read back {proof.read_back_difference:.2g}"
+    )
+    click.echo(f"next: lowvram generate {_shell(output)} --interactive")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", "files", required=True, multiple=True, help="File to score; repeatable.")
+@click.option("--stride", type=int, help="Tokens between windows; default: half the context.")
+@click.option("--context", type=int, help="Tokens in a window; default: the model's, up to 1024.")
+@click.option("--format", "format_", type=_FORMATS, default="document", show_default=True,
+              help="What a document of a text file is.")  # fmt: skip
+@click.option("--text-column", default="text", show_default=True, help="Of csv, json, parquet.")
+@click.option("--encoding", default="utf-8", show_default=True, help="Of text files.")
+@click.option("--base", help="Base of an adapter, if not where it was.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reports_errors
+def evaluate(  # noqa: PLR0913 - one parameter an option
+    model: str,
+    files: tuple[str, ...],
+    stride: int | None,
+    context: int | None,
+    format_: str,
+    text_column: str,
+    encoding: str,
+    base: str | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of MODEL (a directory, adapter, run or hub id) on a text.
+
+    A text file is one document unless --format says otherwise; each row of a table is one. Of a
+    document of N tokens, N - 1 are scored.
+    """
+    from lowvram.data import Source
+    from lowvram.inference import evaluate_files
+
+    result = evaluate_files(
+        model,
+        Source(names=files, format=format_, text_column=text_column, encoding=encoding),
+        stride=stride,
+        context=context,
+        base=base,
+        show_progress=not as_json and sys.stderr.isatty(),
+    )
+    values = result.to_json()
+    if as_json:
+        click.echo(json.dumps(values))
+        return
+    for name, value in values.items():
+        click.echo(f"{name:<16} {value}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; repeatable.")
+@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="A prompt a line.")  # fmt: skip
+@click.option("--interactive", is_flag=True, help="Ask for prompts until the end of input.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
+              help="0 is greedy.")  # fmt: skip
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95,
+              show_default=True)  # fmt: skip
+@click.option("--top-k", type=click.IntRange(1))
+@click.option("--beams", "num_beams", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--length-penalty", type=float, default=1.0, show_default=True, help="With beams.")
+@click.option("--no-repeat-ngram", "no_repeat_ngram_size", type=click.IntRange(0), default=0)
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--base", help="Base of an adapter, if not where it was.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line, per prompt.")
+@_reports_errors
+def generate(
+    model: str,
+    prompts: tuple[str, ...],
+    file: Path | None,
+    interactive: bool,
+    base: str | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue prompts with MODEL; prints each prompt with its continuation."""
+    from lowvram.errors import RecipeError
+
+    texts = [*prompts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    if interactive == bool(texts):
+        raise RecipeError("generate: give --prompt (or --file), or --interactive, and not both")
+    from lowvram.inference import Writer
+
+    writer = Writer(model, base=base, sampling=sampling)
+    if interactive:
+        _converse(writer)
+    elif as_json:
+        for record in writer.records(texts):
+            click.echo(json.dumps(record, ensure_ascii=False))
+    elif len(texts) == 1:
+        _stream(writer, texts[0])
+    else:
+        for record in writer.records(texts):
+            click.echo(f"{record['prompt']}{record['text']}\n")
+
+
+def _stream(writer: Any, prompt: str) -> None:
+    click.echo(prompt, nl=False)
+    for text in writer.stream(prompt):
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def _converse(writer: Any) -> None:
+    """A prompt a line, from a terminal or a pipe, until it ends."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            click.echo("> ", nl=False)
+            sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        _stream(writer, line.rstrip("\r\n"))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reports_errors
+def doctor(as_json: bool) -> None:
+    """Can this machine train on its card? Exit code 1 if not."""
+    from lowvram.doctor import examine
+
+    diagnosis = examine()
+    if as_json:
+        click.echo(json.dumps(diagnosis.to_dict(), indent=2))
+    else:
+        for check in diagnosis.checks:
+            click.echo(f"{check.status:<5} {check.name}: {check.found}")
+            if check.advice:
+                click.echo(f"      {check.advice}")
+    sys.exit(diagnosis.exit_code)
+
+
+def _shell(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))

@@ -1,0 +1,110 @@
+"""The directory of a run: what is in it, and when it may be written to.
+
+runs/NAME/recipe.yaml     every setting, the chosen shape included
+          start.json      what was measured before the first step
+          metrics.jsonl   one line a step
+          checkpoints/    state to go on from
+          adapter/        what peft loads
+          merged/         the plain checkpoint
+          result.json     written last: a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lowvram.errors import CheckpointError
+
+_FILES = ("recipe.yaml", "start.json", "metrics.jsonl", "result.json")
+_FOLDERS = ("checkpoints", "adapter", "merged")
+
+
+class RunDirectory:
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.start = self.path / "start.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.merged = self.path / "merged"
+        self.result = self.path / "result.json"
+
+    def open(self, *, resume: bool, overwrite: bool) -> None:
+        """Make it ready, or say why not and what to type; never removes what is not a run's."""
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"output_dir: {self.path} is a file; name a directory")
+        started, finished = self.start.exists(), self.result.exists()
+        if resume:
+            if finished and not overwrite:
+                raise CheckpointError(
+                    f"output_dir: the run in {self.path} is finished; --overwrite starts it anew"
+                )
+            if not started:
+                raise CheckpointError(
+                    f"output_dir: no run has been started in {self.path}; run without --resume"
+                )
+            return
+        if (finished or started) and not overwrite:
+            state = "a finished run" if finished else "an unfinished run"
+            go_on = "" if finished else "go on with --resume, or "
+            raise CheckpointError(
+                f"output_dir: {self.path} holds {state}; {go_on}start anew with --overwrite, or "
+                "choose another with --set output_dir=DIR"
+            )
+        self._make_empty()
+
+    def _make_empty(self) -> None:
+        try:
+            for name in _FOLDERS:
+                if (self.path / name).is_symlink():
+                    (self.path / name).unlink()
+                elif (self.path / name).exists():
+                    shutil.rmtree(self.path / name)
+            for name in _FILES:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"output_dir: {self.path} cannot be used: {error}") from error
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines; the last one may have been cut by a crash."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
+    def keep_metrics(self, steps: int) -> None:
+        """Forget the lines after step `steps`: those steps are taken again."""
+        kept = [metrics for metrics in self.read_metrics() if metrics["step"] <= steps]
+        text = "".join(json.dumps(metrics) + "\n" for metrics in kept)
+        write_text(self.metrics, text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """NaN and infinity are refused: JSON has none."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside its place first, then renamed: never half a file."""
+    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

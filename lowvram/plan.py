@@ -1,0 +1,182 @@
+"""What a run will do, before it does it: the data cut to rows, the shape, the steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lowvram.build import (
+    Corpus,
+    Numerics,
+    ParameterCount,
+    Progress,
+    build_blocks,
+    build_corpus,
+    build_tokenizer,
+    choose_numerics,
+    count_parameters,
+    warmup_steps,
+)
+from lowvram.data import Batch, Blocks, steps_per_epoch, windows
+from lowvram.errors import DataError
+from lowvram.fit import Fit, fit
+from lowvram.model import context_length, load_config
+from lowvram.recipe import Recipe
+
+# What may change between the parts of a resumed run: none of it changes what is learned.
+_FREE_KEYS = {
+    "train": ("eval_every", "save_every", "log_every", "keep_last", "max_nonfinite_steps"),
+    "fit": ("micro_batch_size", "gradient_checkpointing", "vram"),
+}
+_FREE_SECTIONS = ("evaluate", "generate", "output_dir", "output_dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    recipe: Recipe
+    numerics: Numerics
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    fit: Fit
+    blocks: Blocks
+    parameters: ParameterCount
+    steps_per_epoch: int
+    total_steps: int
+    context_length: int
+    """Tokens that an evaluation window holds: what the model was trained to see."""
+    stride: int
+    notes: tuple[str, ...]
+
+    def windows(self, start: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step, from step `start` to the last."""
+        tokenizer = self.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        for step in range(start, self.total_steps):
+            epoch, offset = divmod(step, self.steps_per_epoch)
+            if step == start or offset == 0:
+                epoch_windows = windows(
+                    self.blocks,
+                    epoch=epoch,
+                    global_batch_size=self.recipe.train.global_batch_size,
+                    micro_batch_size=self.fit.micro_batch_size,
+                    seed=self.recipe.train.seed,
+                    pad_token_id=pad,
+                    start=offset,
+                )
+            yield next(epoch_windows)
+
+    def held_out(self) -> list[tuple[NDArray[np.integer], int, int]]:
+        """(tokens, bytes, words) of the held-out documents, at most evaluate.max_tokens tokens.
+
+        Which documents is drawn by the seed; the last one may be cut to keep to the limit.
+        """
+        store = self.corpus.held_out_store
+        order = np.random.default_rng(self.recipe.train.seed).permutation(self.corpus.held_out)
+        left = self.recipe.evaluate.max_tokens or int(store.lengths(order).sum())
+        chosen: list[tuple[NDArray[np.integer], int, int]] = []
+        for number in order:
+            tokens = store.document(number)
+            n_bytes, words = int(store.byte_counts[number]), int(store.word_counts[number])
+            if len(tokens) > left:
+                tokens = tokens[:left]
+                text = str(self.tokenizer.decode(tokens))
+                n_bytes, words = len(text.encode()), len(text.split())
+            chosen.append((tokens, n_bytes, words))
+            left -= len(tokens)
+            if left < 2:  # one token alone has nothing to be predicted from
+                break
+        return chosen
+
+    def fingerprint(self, base_sha256: str) -> dict[str, str]:
+        """What a checkpoint of this run depends on."""
+        values = self.recipe.model_dump(mode="json", exclude=set(_FREE_SECTIONS))
+        for section, keys in _FREE_KEYS.items():
+            for key in keys:
+                del values[section][key]
+        values["fit"]["max_seq_len"] = self.fit.max_seq_len
+        text = json.dumps(values, sort_keys=True)
+        return {
+            "base": base_sha256,
+            "data": self.corpus.sha256,
+            "recipe": sha256(text.encode()).hexdigest(),
+        }
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Name and value, for people."""
+        chosen, recipe = self.fit, self.recipe
+        share = self.parameters.trainable / self.parameters.total
+        return [
+            ("device", f"{self.numerics.device}, {self.numerics.precision}"),
+            ("base", f"{recipe.model.name}, {self.numerics.base_dtype}"),
+            ("trainable", f"{self.parameters.trainable:,} parameters ({share:.2%})"),
+            (
+                "data",
+                f"{len(self.corpus.train):,} documents to train on, {len(self.corpus.held_out):,} "
+                f"held out; {len(self.blocks):,} rows, {self.blocks.tokens:,} tokens, "
+                f"{self.blocks.targets:,} targets, {self.blocks.dropped_tokens:,} tokens dropped",
+            ),
+            (
+                "step",
+                f"{recipe.train.global_batch_size} rows of up to {chosen.max_seq_len} tokens = "
+                f"{chosen.gradient_accumulation_steps} x {chosen.micro_batch_size}, checkpointing "
+                f"{'on' if chosen.gradient_checkpointing else 'off'} ({chosen.reason})",
+            ),
+            ("steps", f"{self.total_steps:,} ({self.steps_per_epoch:,} an epoch)"),
+        ]
+
+
+def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
+    """Read and cut the data, choose the shape; no weights are loaded."""
+    numerics = choose_numerics(recipe)
+    config = load_config(recipe.model.name, recipe.model.revision)
+    parameters = count_parameters(recipe)
+    tokenizer = build_tokenizer(recipe, config.get_text_config().vocab_size)
+    corpus = build_corpus(recipe, tokenizer, progress)
+    chosen = fit(
+        recipe,
+        context_length=context_length(config),
+        longest_document=corpus.longest,
+        parameters=parameters.total,
+        device=numerics.device,
+    )
+    blocks = build_blocks(recipe, corpus, chosen.max_seq_len)
+    if len(blocks) == 0:
+        raise DataError(
+            "data.source: no document has a token to predict; each needs two tokens or more"
+        )
+    an_epoch = steps_per_epoch(blocks, recipe.train.global_batch_size)
+    total = min(recipe.train.epochs * an_epoch, recipe.train.max_steps or 2**62)
+    stride, stride_note = _stride(recipe, chosen.max_seq_len)
+    notes = (*numerics.notes, *corpus.notes, stride_note, warmup_steps(recipe, total)[1])
+    return Plan(
+        recipe=recipe,
+        numerics=numerics,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        fit=chosen,
+        blocks=blocks,
+        parameters=parameters,
+        steps_per_epoch=an_epoch,
+        total_steps=total,
+        context_length=chosen.max_seq_len,
+        stride=stride,
+        notes=tuple(note for note in notes if note),
+    )
+
+
+def _stride(recipe: Recipe, context: int) -> tuple[int, str | None]:
+    wanted = recipe.evaluate.stride
+    if wanted == "auto":
+        return max(1, context // 2), None
+    if wanted < context:
+        return wanted, None
+    return max(1, context // 2), (
+        f"evaluate.stride {wanted} is not below the context of {context} tokens: "
+        f"using {max(1, context // 2)}"
+    )

@@ -1,0 +1,365 @@
+"""The story of a run: plan, train, save, merge, prove, evaluate, generate, report."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowvram.adapters import plain_model, save_adapter
+from lowvram.build import base_of, build
+from lowvram.checkpoint import load_newest, save_checkpoint
+from lowvram.directory import RunDirectory, write_json, write_text
+from lowvram.display import Display, format_seconds
+from lowvram.errors import Interrupted, TrainingError
+from lowvram.generate import Sampling, generate
+from lowvram.memory.measure import format_gib, limit_memory, read_memory, reset_peak
+from lowvram.merge import MergeProof, logits_of, merge, write_proven
+from lowvram.model import load_model
+from lowvram.perplexity import PerplexityResult, score
+from lowvram.plan import Plan, plan
+from lowvram.recipe import Recipe, dump_recipe, recipe_sha256, with_overrides
+from lowvram.report import RunResult, result_table
+from lowvram.train import StepMetrics, TrainState, train
+
+_PROOF_ROWS = 4
+_PROOF_TOKENS = 64
+_PROMPT_TOKENS = 8
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> RunResult:
+    """Fine-tune as `recipe` says; everything it makes is in `recipe.output_dir`.
+
+    Ctrl-C (or SIGTERM) saves after the step under way and raises Interrupted; `resume` goes on
+    from the newest checkpoint.
+    """
+    display = display or Display()
+    started = time.monotonic()
+    directory = RunDirectory(recipe.output_dir)
+    directory.open(resume=resume, overwrite=overwrite)
+    with display.progress("tokenising") as update:
+        planned = plan(recipe, lambda done, total: update(done, total, "bytes"))
+    announce(planned, display)
+    job = _start(planned, directory, display, resume=resume)
+    _train(job, display)
+    result = _finish(job, display, seconds=time.monotonic() - started)
+    write_json(directory.result, result.to_json())
+    display.show(result_table(result))
+    return result
+
+
+def announce(planned: Plan, display: Display) -> None:
+    for name, value in planned.describe():
+        display.say(f"{name:>10}  {value}")
+    for note in planned.notes:
+        display.warn(note)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A run under way."""
+
+    plan: Plan
+    directory: RunDirectory
+    state: TrainState
+    fingerprint: dict[str, str]
+    start: dict[str, Any]
+    """What was found before the first step: perplexity and samples of the base."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.numerics.device
+
+    def save(self) -> None:
+        save_checkpoint(
+            self.state,
+            self.directory.checkpoints,
+            fingerprint=self.fingerprint,
+            keep_last=self.plan.recipe.train.keep_last,
+        )
+
+
+def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: bool) -> Job:
+    """Build the state; begin with the base's own figures, or go on from a checkpoint."""
+    recipe = planned.recipe
+    if recipe.fit.vram_bytes is not None:
+        limit_memory(planned.numerics.device, recipe.fit.vram_bytes)
+    base = base_of(recipe)
+    state = build(
+        recipe,
+        total_steps=planned.total_steps,
+        gradient_checkpointing=planned.fit.gradient_checkpointing,
+        numerics=planned.numerics,
+    )
+    if recipe.train.chunked_loss and not state.chunked_loss:
+        display.warn("train.chunked_loss: this model changes its logits; using its own loss")
+    job = Job(
+        plan=planned,
+        directory=directory,
+        state=state,
+        fingerprint=planned.fingerprint(base.sha256),
+        start={},
+    )
+    if resume:
+        job.start = _resume(job, display)
+    else:
+        _begin(job, display)
+    reset_peak(job.device)
+    return job
+
+
+def _begin(job: Job, display: Display) -> None:
+    recipe, chosen = job.plan.recipe, job.plan.fit
+    pinned = with_overrides(
+        recipe,
+        {
+            "fit.micro_batch_size": chosen.micro_batch_size,
+            "fit.max_seq_len": chosen.max_seq_len,
+            "fit.gradient_checkpointing": chosen.gradient_checkpointing,
+        },
+    )
+    write_text(job.directory.recipe, dump_recipe(pinned))
+    perplexity = _perplexity(job.plan, job.state.model, "base perplexity", display)
+    if perplexity is not None:
+        display.say(f"base: perplexity {perplexity.perplexity:.3f}")
+    job.start = {
+        "perplexity": None if perplexity is None else perplexity.to_json(),
+        "samples": [
+            {"prompt": prompt, "base": text}
+            for prompt, text in zip(
+                _prompts(job.plan), _samples(job.plan, job.state.model), strict=True
+            )
+        ],
+    }
+    write_json(job.directory.start, job.start)
+
+
+def _resume(job: Job, display: Display) -> dict[str, Any]:
+    import json
+
+    path, notes = load_newest(job.state, job.directory.checkpoints, fingerprint=job.fingerprint)
+    for note in notes:
+        display.warn(note)
+    job.directory.keep_metrics(job.state.step)
+    display.say(f"going on from {path}, step {job.state.step}")
+    start: dict[str, Any] = json.loads(job.directory.start.read_text(encoding="utf-8"))
+    return start
+
+
+def _train(job: Job, display: Display) -> None:
+    state, settings, total = job.state, job.plan.recipe.train, job.plan.total_steps
+    saved = state.step
+    with display.progress("training", every_seconds=0.0) as update, _interrupts() as interrupted:
+        try:
+            for metrics in train(state, job.plan.windows(state.step)):
+                record = metrics.to_json()
+                last = metrics.step == total
+                if last or metrics.step % settings.log_every == 0 or metrics.step == 1:
+                    update(metrics.step, total, _step_line(metrics, job, total))
+                if metrics.skipped:
+                    display.warn(f"step {metrics.step} skipped: {metrics.skipped}")
+                if not last and _due(metrics.step, settings.eval_every):
+                    found = _perplexity(job.plan, state.model, "evaluation", Display(quiet=True))
+                    if found is not None:
+                        record["validation_perplexity"] = found.to_json()["perplexity"]
+                        display.say(f"step {metrics.step}: perplexity {found.perplexity:.3f}")
+                job.directory.append_metrics(record)
+                if last or _due(metrics.step, settings.save_every):
+                    job.save()
+                    saved = metrics.step
+                if interrupted() and not last:
+                    _stop(job, saved)
+        except TrainingError:
+            if state.step > saved:
+                job.save()  # the weights are those of the last good step
+            raise
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _stop(job: Job, saved: int) -> None:
+    if job.state.step > saved:
+        job.save()
+    raise Interrupted(
+        f"stopped after step {job.state.step} of {job.plan.total_steps}, state saved in "
+        f"{job.directory.checkpoints}; the same command with --resume goes on"
+    )
+
+
+def _step_line(metrics: StepMetrics, job: Job, total: int) -> str:
+    memory = read_memory(job.device)
+    left = (total - metrics.step) * metrics.seconds
+    loss = "not finite" if not math.isfinite(metrics.loss) else f"{metrics.loss:.4f}"
+    return (
+        f"loss {loss}  lr {metrics.learning_rate:.2e}  "
+        f"{metrics.tokens / max(metrics.seconds, 1e-9):,.0f} tokens/s  "
+        f"left {format_seconds(left)}  memory {format_gib(memory.now_bytes)} "
+        f"(peak {format_gib(memory.peak_bytes)})"
+    )
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[number] = signal.signal(number, ask)
+        except ValueError:  # not in the main thread: whoever called us handles signals
+            break
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _finish(job: Job, display: Display, *, seconds: float) -> RunResult:
+    """Everything after the last step; the training state is given up on the way."""
+    recipe, planned, state = job.plan.recipe, job.plan, job.state
+    measured = read_memory(job.device).peak_bytes
+    adapted = _perplexity(planned, state.model, "adapter perplexity", display)
+    proof = _write_models(job, display)
+    steps, optimizer_steps, tokens = state.step, state.optimizer_steps, state.tokens
+    trainable = sum(parameter.numel() for parameter in state.trainable())
+    del job.state, state  # the card needs the room for the merged model
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    merged_model = load_model(
+        str(job.directory.merged),
+        dtype="fp32",
+        attention=recipe.model.attention,
+        device=str(job.device),
+    )
+    merged = _perplexity(planned, merged_model, "merged perplexity", display)
+    tuned = _samples(planned, merged_model)
+    base = job.start["perplexity"]
+    return RunResult(
+        output_dir=recipe.output_dir,
+        perplexity={
+            "base": None if base is None else base["perplexity"],
+            "adapter": None if adapted is None else adapted.to_json()["perplexity"],
+            "merged": None if merged is None else merged.to_json()["perplexity"],
+        },
+        evaluation={}
+        if merged is None
+        else {**merged.to_json(), "precision": planned.numerics.precision},
+        merge=asdict(proof),
+        tokens_per_second=_tokens_per_second(job.directory),
+        memory={"predicted_peak_bytes": None, "measured_peak_bytes": measured},
+        steps=steps,
+        optimizer_steps=optimizer_steps,
+        tokens=tokens,
+        trainable_parameters=trainable,
+        fit=asdict(planned.fit),
+        numerics={
+            "device": str(planned.numerics.device),
+            "precision": planned.numerics.precision,
+            "base_dtype": planned.numerics.base_dtype,
+        },
+        samples=[
+            {**sample, "tuned": text}
+            for sample, text in zip(job.start["samples"], tuned, strict=True)
+        ],
+        recipe_sha256=recipe_sha256(recipe),
+        seconds=seconds,
+        notes=list(planned.notes),
+    )
+
+
+def _write_models(job: Job, display: Display) -> MergeProof:
+    """adapter/ and merged/, the latter only if it equals what was trained."""
+    import shutil
+
+    recipe, state, directory = job.plan.recipe, job.state, job.directory
+    rows = [
+        tokens[:_PROOF_TOKENS].tolist() for tokens, _, _ in islice(job.plan.held_out(), _PROOF_ROWS)
+    ] or [next(job.plan.windows())[0].input_ids[0, :_PROOF_TOKENS].tolist()]
+    shutil.rmtree(directory.merged, ignore_errors=True)
+    if recipe.method.name == "full":
+        model = plain_model(state.model)
+        proof = write_proven(
+            model,
+            job.plan.tokenizer,
+            directory.merged,
+            expected=logits_of(model, rows),
+            rows=rows,
+            dtype=recipe.output_dtype,
+        )
+    else:
+        save_adapter(state.model, directory.adapter, base_of(recipe))
+        proof = merge(
+            directory.adapter, directory.merged, dtype=recipe.output_dtype, proof_tokens=rows
+        )
+    display.say(f"merged: largest logit difference {proof.max_logit_difference:.2g}")
+    return proof
+
+
+def _perplexity(
+    planned: Plan, model: nn.Module, title: str, display: Display
+) -> PerplexityResult | None:
+    """On the held-out documents; None if there are none."""
+    documents = planned.held_out()
+    if not any(len(tokens) > 1 for tokens, _, _ in documents):
+        return None
+    total = sum(len(tokens) - 1 for tokens, _, _ in documents)
+    with display.progress(title) as update:
+        return score(
+            model,
+            documents,
+            context_length=planned.context_length,
+            stride=planned.stride,
+            precision=planned.numerics.precision,
+            progress=lambda done: update(done, total, "tokens"),
+        )
+
+
+def _prompts(planned: Plan) -> list[str]:
+    """The recipe's, or how two of the held-out documents begin."""
+    if planned.recipe.generate.prompts:
+        return list(planned.recipe.generate.prompts)
+    documents = islice(planned.held_out(), 2)
+    return [str(planned.tokenizer.decode(tokens[:_PROMPT_TOKENS])) for tokens, _, _ in documents]
+
+
+def _samples(planned: Plan, model: nn.Module) -> list[str]:
+    settings = planned.recipe.generate
+    sampling = Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=planned.recipe.train.seed,
+    )
+    found = generate(model, planned.tokenizer, _prompts(planned), sampling)
+    return [continuation.text for continuation in found]
+
+
+def _tokens_per_second(directory: RunDirectory) -> float | None:
+    """Over all steps, those before a resume included."""
+    metrics = directory.read_metrics()
+    seconds = sum(step["seconds"] for step in metrics)
+    return sum(step["tokens"] for step in metrics) / seconds if seconds else None
