@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -211,8 +211,8 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
               help="A prompt a line.")  # fmt: skip
 @click.option("--interactive", is_flag=True, help="Ask for prompts until the end of input.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
-              help="0 is greedy.")  # fmt: skip
+@click.option("--temperature", type=click.FloatRange(0),
+              help="0 is greedy; default: 0.8, with beams 0.")  # fmt: skip
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95,
               show_default=True)  # fmt: skip
 @click.option("--top-k", type=click.IntRange(1))
@@ -231,6 +231,7 @@ def generate(
     interactive: bool,
     base: str | None,
     as_json: bool,
+    temperature: float | None,
     **sampling: Any,
 ) -> None:
     """Continue prompts with MODEL; prints each prompt with its continuation."""
@@ -241,7 +242,9 @@ def generate(
         raise RecipeError("generate: give --prompt (or --file), or --interactive, and not both")
     from lowvram.inference import Writer
 
-    writer = Writer(model, base=base, sampling=sampling)
+    if temperature is None:
+        temperature = 0.8 if sampling["num_beams"] == 1 else 0.0
+    writer = Writer(model, base=base, sampling={"temperature": temperature, **sampling})
     if interactive:
         _converse(writer)
     elif as_json:
@@ -252,14 +255,28 @@ def generate(
     else:
         for record in writer.records(texts):
             click.echo(f"{record['prompt']}{record['text']}\n")
+            _say_notes(record["notes"])
 
 
 def _stream(writer: Any, prompt: str) -> None:
+    notes: Sequence[str] = ()
+
+    def pieces() -> Iterator[str]:
+        nonlocal notes
+        continuation = yield from writer.stream(prompt)
+        notes = continuation.notes
+
     click.echo(prompt, nl=False)
-    for text in writer.stream(prompt):
+    for text in pieces():
         click.echo(text, nl=False)
         sys.stdout.flush()
     click.echo()
+    _say_notes(notes)
+
+
+def _say_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def _converse(writer: Any) -> None:

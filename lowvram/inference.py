@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from lowvram.adapters import is_adapter, load_adapter, plain_model
 from lowvram.data import Source, tokenize
 from lowvram.display import Display
 from lowvram.errors import RecipeError
-from lowvram.generate import Sampling, generate, stream
+from lowvram.generate import Continuation, Sampling, generate, stream
 from lowvram.merge import check_base
 from lowvram.model import context_length, load_model, load_tokenizer
 from lowvram.perplexity import PerplexityResult, score
@@ -107,6 +107,6 @@ class Writer:
                 "notes": list(continuation.notes),
             }
 
-    def stream(self, prompt: str) -> Iterator[str]:
-        """The continuation, in whole characters as they come."""
+    def stream(self, prompt: str) -> Generator[str, None, Continuation]:
+        """The continuation, in whole characters as they come; returns it whole."""
         return stream(self.model, self.tokenizer, prompt, self.sampling)

@@ -51,6 +51,7 @@ class Plan:
     context_length: int
     """Tokens that an evaluation window holds: what the model was trained to see."""
     stride: int
+    max_new_tokens: int
     notes: tuple[str, ...]
 
     def windows(self, start: int = 0) -> Iterator[list[Batch]]:
@@ -153,7 +154,14 @@ def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
     an_epoch = steps_per_epoch(blocks, recipe.train.global_batch_size)
     total = min(recipe.train.epochs * an_epoch, recipe.train.max_steps or 2**62)
     stride, stride_note = _stride(recipe, chosen.max_seq_len)
-    notes = (*numerics.notes, *corpus.notes, stride_note, warmup_steps(recipe, total)[1])
+    new_tokens, new_tokens_note = _max_new_tokens(recipe, context_length(config))
+    notes = (
+        *numerics.notes,
+        *corpus.notes,
+        stride_note,
+        new_tokens_note,
+        warmup_steps(recipe, total)[1],
+    )
     return Plan(
         recipe=recipe,
         numerics=numerics,
@@ -166,7 +174,19 @@ def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
         total_steps=total,
         context_length=chosen.max_seq_len,
         stride=stride,
+        max_new_tokens=new_tokens,
         notes=tuple(note for note in notes if note),
+    )
+
+
+def _max_new_tokens(recipe: Recipe, positions: int) -> tuple[int, str | None]:
+    """Half of the model's positions at most, so that a prompt has room."""
+    wanted = recipe.generate.max_new_tokens
+    if wanted <= positions // 2:
+        return wanted, None
+    return positions // 2, (
+        f"generate.max_new_tokens {wanted} leaves a prompt less than half of the model's "
+        f"{positions} positions: using {positions // 2}"
     )
 
 

@@ -349,7 +349,7 @@ def _prompts(planned: Plan) -> list[str]:
 def _samples(planned: Plan, model: nn.Module) -> list[str]:
     settings = planned.recipe.generate
     sampling = Sampling(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=planned.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=planned.recipe.train.seed,

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 from lowvram.data.source import Piece
 
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 16
 CUT = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
 
 
