@@ -58,7 +58,7 @@ class Settings:
 
     seed: int = 0
     """Seed of the split, the initial weights, the order of documents and the dropout."""
-    epochs: int = 30
+    epochs: int = 14
     """Passes over the training documents."""
     context: int = 256
     """Positions of the model, and tokens of one packed row."""
@@ -78,8 +78,12 @@ class Settings:
     """AdamW weight decay of matrices; biases and LayerNorm gains have none."""
     warmup: float = 0.03
     """Share of the training during which the learning rate rises."""
-    batch_rows: int = 32
-    """Rows of an optimizer step; 32 x 256 = 8,192 tokens."""
+    batch_rows: int = 8
+    """Rows of an optimizer step: 2,048 tokens.
+
+    The corpus is small, so steps are what is scarce: after one pass of four, 32 rows reach a
+    held-out loss of 6.33, 12 rows 5.65 and 6 rows 5.48.
+    """
     max_documents: int | None = None
     """Only this many training and held-out documents each, for a smoke run."""
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -92,29 +93,24 @@ def _matched(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.M
     if isinstance(targets, str):  # "all-linear" leaves the output head out by itself
         return {n: m for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     tied = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    choices = ", ".join(_layer_names({n: m for n, m in modules.items() if id(m) not in tied}))
+    linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    choices = ", ".join(sorted({n.split(".")[-1] for n, m in linear.items() if id(m) not in tied}))
     matched: dict[str, nn.Module] = {}
     for target in targets:
         found = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
-        if not found:
+        if any(id(m) in tied or isinstance(m, nn.Embedding) for m in found.values()):
             raise ModelError(
-                f"method.target_modules: {target!r} is in no layer of {model.config.model_type}; "
-                f"its layers are: {choices}"
+                f"method.target_modules: {target!r} is an embedding or the output head. Merged "
+                "into a checkpoint that ties the two, its update would change both and give "
+                f"another model. Choose from: {choices}"
             )
-        for name, module in found.items():
-            if id(module) in tied or isinstance(module, nn.Embedding):
-                raise ModelError(
-                    f"method.target_modules: {target!r} ({name}) is an embedding or the output "
-                    "head. Merged into a checkpoint that ties the two, its update would change "
-                    f"both and give another model. Choose from: {choices}"
-                )
+        if not found or found.keys() - linear.keys():
+            raise ModelError(
+                f"method.target_modules: {target!r} is no linear layer of "
+                f"{model.config.model_type}; its layers are: {choices}"
+            )
         matched.update(found)
     return matched
-
-
-def _layer_names(modules: dict[str, nn.Module]) -> list[str]:
-    kinds = (nn.Linear, Conv1D)
-    return sorted({n.split(".")[-1] for n, m in modules.items() if isinstance(m, kinds)})
 
 
 def save_adapter(model: PeftModel, directory: Path, base: Base) -> None:
@@ -139,15 +135,15 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG_FILE).is_file()
 
 
-def recorded_base(directory: Path) -> tuple[str, str | None, str | None]:
-    """Name, revision and, if we wrote the adapter, weight hash of an adapter's base."""
+def recorded_base(directory: Path) -> tuple[str | None, str | None, str | None]:
+    """Name if it has one, revision and, if we wrote the adapter, weight hash of its base."""
     try:
         if (directory / BASE_FILE).is_file():
             facts = json.loads((directory / BASE_FILE).read_text(encoding="utf-8"))
             return facts["name"], facts["revision"], facts["sha256"]
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        return config["base_model_name_or_path"], config.get("revision"), None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return config.get("base_model_name_or_path"), config.get("revision"), None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{directory}: is no readable adapter ({error})") from error
 
 
@@ -160,11 +156,23 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
         )
     try:
         with _quiet_peft():
-            return PeftModel.from_pretrained(model, directory, is_trainable=False)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            # peft warns of tensors that the file lacks, and leaves them at their start values
+            warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
+            loaded: PeftModel = PeftModel.from_pretrained(model, directory, is_trainable=False)
+            wanted = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+        with safe_open(directory / ADAPTER_FILE, framework="pt") as file:
+            found = set(file.keys())
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{directory}: the adapter does not fit its base: {str(error).splitlines()[0]}"
+            f"{directory}: the adapter does not fit its base: {reason[0].rstrip(':')}"
         ) from error
+    if different := sorted(wanted ^ found):
+        place = "file" if different[0] in wanted else "base"
+        raise ModelError(
+            f"{directory}: the adapter does not fit its base: {different[0]} is not in the {place}"
+        )
+    return loaded
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:

@@ -69,6 +69,11 @@ def choose_numerics(recipe: Recipe, device: torch.device | None = None) -> Numer
             base_dtype="fp32" if trains_base else precision,
             notes=notes,
         )
+    if device.type == "cpu" and dtype == "int8" and recipe.method.name == "dora":
+        raise DeviceError(
+            "method.name: dora on a base in int8 needs a card, since on a CPU its layers lose "
+            "their scales; set model.dtype: nf4 or fp32, or method.name: lora"
+        )
     if device.type == "cpu" and dtype in ("bf16", "fp16") and not has_fast_16_bit(dtype):
         notes += (f"model.dtype {dtype}: this CPU has no {dtype} arithmetic; the base is fp32",)
         dtype = "fp32"

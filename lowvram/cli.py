@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -237,7 +238,10 @@ def generate(
     """Continue prompts with MODEL; prints each prompt with its continuation."""
     from lowvram.errors import RecipeError
 
-    texts = [*prompts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    try:
+        texts = [*prompts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--file {file}: cannot be read as UTF-8 text: {error}") from error
     if interactive == bool(texts):
         raise RecipeError("generate: give --prompt (or --file), or --interactive, and not both")
     from lowvram.inference import Writer
@@ -266,8 +270,10 @@ def _stream(writer: Any, prompt: str) -> None:
         continuation = yield from writer.stream(prompt)
         notes = continuation.notes
 
-    click.echo(prompt, nl=False)
-    for text in pieces():
+    texts = pieces()
+    first = next(texts, "")  # an error comes before the prompt is echoed
+    click.echo(prompt + first, nl=False)
+    for text in texts:
         click.echo(text, nl=False)
         sys.stdout.flush()
     click.echo()
@@ -282,6 +288,8 @@ def _say_notes(notes: Sequence[str]) -> None:
 def _converse(writer: Any) -> None:
     """A prompt a line, from a terminal or a pipe, until it ends."""
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
     while True:
         if terminal:
             click.echo("> ", nl=False)

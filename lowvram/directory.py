@@ -34,10 +34,13 @@ class RunDirectory:
         self.merged = self.path / "merged"
         self.result = self.path / "result.json"
 
-    def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Make it ready, or say why not and what to type; never removes what is not a run's."""
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Say why it cannot be opened, and what to type; nothing is changed."""
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output_dir: {self.path} is a file; name a directory")
+        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise CheckpointError(f"output_dir: {self.path} cannot be made: cannot write {above}")
         started, finished = self.start.exists(), self.result.exists()
         if resume:
             if finished and not overwrite:
@@ -56,9 +59,18 @@ class RunDirectory:
                 f"output_dir: {self.path} holds {state}; {go_on}start anew with --overwrite, or "
                 "choose another with --set output_dir=DIR"
             )
-        self._make_empty()
+        there = [name for name in (*_FOLDERS, *_FILES) if os.path.lexists(self.path / name)]
+        if there and not overwrite:
+            raise CheckpointError(
+                f"output_dir: {self.path} is no run's and holds {', '.join(there)}, which a run "
+                "replaces; choose another with --set output_dir=DIR, or allow it with --overwrite"
+            )
 
-    def _make_empty(self) -> None:
+    def open(self, *, resume: bool, overwrite: bool) -> None:
+        """Check it, then make it ready; never removes what is not a run's."""
+        self.check(resume=resume, overwrite=overwrite)
+        if resume:
+            return
         try:
             for name in _FOLDERS:
                 if (self.path / name).is_symlink():

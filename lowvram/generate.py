@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from lowvram.errors import ModelError, RecipeError
+from lowvram.model import evaluating
 
 _BATCH_TOKENS = 4096  # whose keys and values are cached at once: 288 MiB for GPT-2 in fp32
 _OVERLAP = 5  # tokens of the prompt that are decoded along: they decide about leading spaces
@@ -405,13 +406,10 @@ def _tokens(
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
     """Dropout off and no generation settings of the model's own, which would mix with ours."""
-    modes = [(module, module.training) for module in model.modules()]
     settings = model.generation_config
-    model.eval()
     model.generation_config = GenerationConfig()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = settings
-        for module, training in modes:
-            module.training = training

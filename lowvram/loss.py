@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 
@@ -91,14 +92,13 @@ def _chunked_loss(
         dtype = torch.get_autocast_dtype(device_type)
     else:
         dtype = weight.dtype
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
         loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, targets
+            hidden.to(dtype), weight, bias, targets
         )
         if label_smoothing:
-            margin = hidden.float() * (weight[targets].float() - weight.float().mean(0))
+            mean = weight.mean(0, dtype=torch.float32)  # (d,)
+            margin = hidden.float() * (weight[targets].float() - mean)
             loss = loss + label_smoothing * margin.sum()
         if label_smoothing and bias is not None:
             loss = loss + label_smoothing * (bias[targets].float() - bias.float().mean()).sum()
@@ -112,7 +112,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     logits are there; backward only scales it. Same mathematics as torch's own chunked
     `linear_cross_entropy`, which is not used because it returns the sum in the dtype of its
     input: in bf16 a loss of 4700.3 comes back as 4704. Here logits are raised to fp32 before
-    the logsumexp, as transformers does, and the sum stays fp32.
+    the logsumexp, as transformers does, and the sum stays fp32. So do the gradients of weight
+    and bias: they are sums over all tokens, which overflow fp16 and lose their digits in bf16.
+
+    The matrix products are done in the dtype of `hidden`, whatever that of the weight is.
     """
 
     @staticmethod
@@ -125,8 +128,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = None
+        if bias is not None and wants_bias:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = chunk_rows(hidden.device.type, weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
@@ -139,17 +145,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             grad = logits.sub_(log_sum).exp_()
             grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, part)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
+            if grad_weight is not None and part.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, part)  # without a temporary the size of the weight
+            elif grad_weight is not None:
+                grad_weight += torch.mm(grad.T, part)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -177,20 +186,15 @@ def output_head(model: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def head_is_plain(model: nn.Module) -> bool:
-    """Whether the model's logits are its output head applied to the last hidden state.
+    """Whether a model in evaluation mode makes its logits by its output head alone.
 
     Some architectures scale or cap their logits. For those the chunked loss would be another
-    function, so it is asked here, on four tokens, rather than assumed.
+    function, so it is asked here, on two tokens, rather than assumed. Bit equality, since a
+    tolerance would miss the capping of small logits.
     """
-    if not isinstance(model.get_output_embeddings(), nn.Linear):  # type: ignore[operator]
-        return False
     head = output_head(model)
-    training = model.training
-    model.eval()
-    try:
-        ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
-        hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=ids, use_cache=False).logits
-        return bool(torch.equal(head(hidden), logits))
-    finally:
-        model.train(training)
+    if not isinstance(head, nn.Linear):
+        return False
+    ids = torch.arange(2, device=head.weight.device).unsqueeze(0)
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)

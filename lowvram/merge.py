@@ -22,8 +22,10 @@ from lowvram.memory.measure import format_gib
 from lowvram.model import (
     TORCH_DTYPES,
     cast_weights,
+    context_length,
     load_model,
     load_tokenizer,
+    locate,
     save_plain,
     weight_files,
     weights_sha256,
@@ -68,8 +70,10 @@ def merge(
         raise CheckpointError(f"{output}: is there already; name a new directory")
     name, revision = check_base(adapter, base)
     tokenizer = load_tokenizer(name, revision)
-    rows = proof_tokens or [tokenizer(PROOF_TEXT)["input_ids"]]
-    live = load_adapter(load_model(name, revision=revision, dtype="fp32"), adapter)
+    model = load_model(name, revision=revision, dtype="fp32")
+    limit = context_length(model.config)
+    rows = [row[:limit] for row in proof_tokens or [tokenizer(PROOF_TEXT)["input_ids"]]]
+    live = load_adapter(model, adapter)
     expected = logits_of(live, rows)
     merged = merge_adapter(live)
     return write_proven(merged, tokenizer, output, expected=expected, rows=rows, dtype=dtype)
@@ -88,6 +92,14 @@ def check_base(adapter: Path, base: str | None = None) -> tuple[str, str | None]
     name, revision, sha256 = recorded_base(adapter)
     if base is not None:
         name, revision = base, None
+    if name is None:
+        raise ModelError(f"{adapter}: does not say what its base is; name it with --base")
+    try:
+        locate(name, revision)
+    except ModelError as error:
+        raise ModelError(
+            f"{adapter}: cannot find its base; if it is elsewhere now, name it with --base. {error}"
+        ) from error
     if sha256 is not None and (found := weights_sha256(name, revision)) != sha256:
         raise ModelError(
             f"{adapter}: was trained on a base with weights {sha256[:12]}..., those of {name!r} "
@@ -159,7 +171,8 @@ def write_proven(
 
 def _difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """Largest absolute difference; NaN anywhere gives NaN, which passes no comparison."""
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+    # Not Python's max, which loses a NaN that does not come first.
+    return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
 
 
 def _check_file(model: PreTrainedModel, directory: Path) -> None:

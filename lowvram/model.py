@@ -30,7 +30,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
-from lowvram.errors import ModelError
+from lowvram.errors import LowVRAMError, ModelError
 
 BaseDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 
@@ -50,13 +50,14 @@ def locate(name: str, revision: str | None = None) -> Path:
     From the hub come only configuration, tokenizer and safetensors files.
     """
     if name.startswith(EMBEDDED_PREFIX):
-        directory = _ASSETS / name.removeprefix(EMBEDDED_PREFIX)
-        if not directory.is_dir():
-            known = ", ".join(f"{EMBEDDED_PREFIX}{path.name}" for path in sorted(_ASSETS.iterdir()))
+        embedded = {EMBEDDED_PREFIX + path.name: path for path in sorted(_ASSETS.iterdir())}
+        if name not in embedded:
+            known = ", ".join(embedded)
             raise ModelError(f"model.name: found {name!r}, embedded models are: {known}")
-        return directory
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+        return embedded[name]
+    with contextlib.suppress(OSError, RuntimeError):  # too long for a name; ~ of nobody
+        if Path(name).expanduser().is_dir():
+            return Path(name).expanduser()
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model.name: {name!r} is no directory ({Path(name).absolute()} does not exist) "
@@ -86,7 +87,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False
         )
-    if not tokenizer.is_fast or len(tokenizer) == 0:
+    if not tokenizer.is_fast or tokenizer.vocab_size == 0:
         raise ModelError(
             f"model.name: {name!r} has no usable tokenizer.json; "
             "put the files of the base model's tokenizer beside its weights"
@@ -121,10 +122,18 @@ def load_model(
             use_safetensors=True,
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which is refused below, and says which
             **options,
         )
     model, report = loaded
-    missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        key, found, wanted = mismatched[0]
+        raise ModelError(
+            f"model.name: {len(mismatched)} tensors of {name!r} have other shapes than its "
+            f"config.json says: {key} is {tuple(found)}, not {tuple(wanted)}"
+        )
+    missing = sorted(map(str, report["missing_keys"]))
     if missing:
         raise ModelError(
             f"model.name: the weights of {name!r} lack {len(missing)} tensors of the model "
@@ -134,6 +143,18 @@ def load_model(
         model.to(device)
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off. Each module gets its own mode back: some may be frozen in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def cast_weights(model: nn.Module, dtype: str) -> None:
@@ -202,8 +223,12 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
     if (directory / INDEX_FILE).is_file():
-        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
-        return [directory / Path(file).name for file in sorted(set(index["weight_map"].values()))]
+        with _model_errors(name):
+            index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+            files = sorted({Path(file).name for file in index["weight_map"].values()})
+        if absent := [file for file in files if not (directory / file).is_file()]:
+            raise ModelError(f"model.name: {name!r} lacks {absent[0]}, which {INDEX_FILE} names")
+        return [directory / file for file in files]
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
         raise ModelError(
@@ -240,13 +265,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    """transformers' and the hub's errors in the words of the recipe."""
+    """What the libraries raise on a bad file, in the words of the recipe.
+
+    That can be anything: a bare Exception from tokenizers, a division by zero for `n_head: 0`.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
+    except (LowVRAMError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         raise ModelError(
-            f"model.name: cannot load {name!r}: {reason[0] if reason else type(error).__name__}. "
+            f"model.name: cannot load {name!r}: {reason.rstrip('.')}. "
             "Give a directory with config.json and model.safetensors, or a model id of the hub "
             "(which needs a network connection the first time)"
         ) from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from evaluate.info import Features, MetricInfo, Value
 from torch import nn
 
 from lowvram.errors import DataError, ModelError, RecipeError
+from lowvram.loss import head_is_plain
+from lowvram.model import evaluating
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -157,7 +159,7 @@ def score(
         pass_tokens = batch_size * context_length
     windows = (w for document in documents for w in _windows(*document, context_length, stride))
     metric, scored = Perplexity(), 0
-    with torch.no_grad(), _evaluating(model), _autocast(device, precision):
+    with torch.no_grad(), evaluating(model), _autocast(device, precision):
         network = _Network(model)
         for ahead in _look_ahead(windows, _LOOK_AHEAD * pass_tokens):
             rows = []
@@ -197,18 +199,6 @@ def _check(
         raise RecipeError(f"evaluate.batch_size: found {batch_size}, allowed 1 or more")
     if precision not in _AUTOCAST:
         raise RecipeError(f"evaluate.precision: found {precision}, allowed fp32, bf16 or fp16")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off. Each module gets its own mode back: some may be frozen in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:
@@ -279,14 +269,8 @@ class _Network:
         self.device = next(model.parameters()).device
         self.vocabulary: int = self.model.config.vocab_size
         self.head: Callable[[torch.Tensor], torch.Tensor] = self.model.get_output_embeddings()
-        if not self._head_is_plain():
+        if not head_is_plain(self.model):
             self.head = self._whole_head
-
-    def _head_is_plain(self) -> bool:
-        """Whether logits are the output layer's, bit for bit: some models scale or cap them."""
-        ids = torch.arange(2, device=self.device).unsqueeze(0)
-        hidden = self.inner(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.equal(self.head(hidden), self.model(input_ids=ids, use_cache=False).logits)
 
     def _whole_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, d) to (n, v) by all that the model itself does to hidden states.

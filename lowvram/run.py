@@ -50,9 +50,10 @@ def run(
     display = display or Display()
     started = time.monotonic()
     directory = RunDirectory(recipe.output_dir)
-    directory.open(resume=resume, overwrite=overwrite)
+    directory.check(resume=resume, overwrite=overwrite)
     with display.progress("tokenising") as update:
         planned = plan(recipe, lambda done, total: update(done, total, "bytes"))
+    directory.open(resume=resume, overwrite=overwrite)  # a plan that fails leaves the old run
     announce(planned, display)
     job = _start(planned, directory, display, resume=resume)
     _train(job, display)
@@ -296,9 +297,10 @@ def _write_models(job: Job, display: Display) -> MergeProof:
     import shutil
 
     recipe, state, directory = job.plan.recipe, job.state, job.directory
+    limit = min(_PROOF_TOKENS, job.plan.context_length)
     rows = [
-        tokens[:_PROOF_TOKENS].tolist() for tokens, _, _ in islice(job.plan.held_out(), _PROOF_ROWS)
-    ] or [next(job.plan.windows())[0].input_ids[0, :_PROOF_TOKENS].tolist()]
+        tokens[:limit].tolist() for tokens, _, _ in islice(job.plan.held_out(), _PROOF_ROWS)
+    ] or [next(job.plan.windows())[0].input_ids[0, :limit].tolist()]
     shutil.rmtree(directory.merged, ignore_errors=True)
     if recipe.method.name == "full":
         model = plain_model(state.model)

@@ -342,6 +342,18 @@ def test_json_is_read_across_the_borders_of_chunks(
         assert texts(path) == [value["text"] for value in values]
 
 
+def test_malformed_json_is_not_searched_for_a_cure_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram.data.text.CHUNK_CHARACTERS", 64)
+    monkeypatch.setattr("lowvram.data.text.BUFFER_BYTES", 64)
+    path = write(tmp_path / "x.json", '[{"text": }' + ' {"text": "a"},' * 10_000 + "]")
+    report = ReadReport()
+    with pytest.raises(DataError, match="x.json:1: malformed JSON: Expecting value"):
+        list(read_pieces(Source(names=(str(path),)), report, split_long=False))
+    assert report.bytes_read < path.stat().st_size / 2
+
+
 def test_a_csv_field_of_ten_million_characters(tmp_path: Path) -> None:
     path = write(tmp_path / "long.csv", "text\n" + "x" * 10_000_000 + "\n")
     assert [len(text) for text in texts(path)] == [10_000_000]

@@ -193,7 +193,7 @@ def test_corpus_holds_docstrings_of_the_library_only(script, tmp_path):
         tmp_path / "a.py",
         f'"""{doc("module")}"""\n'
         f'class C:\n    """{doc("class")}"""\n'
-        f'    def f(self):\n        """{doc("method")}\n\n          Indented.\n        """\n'
+        f'    def f(self):\n        """{doc("method")}\n\n        Flush.\n          Indented.\n        """\n'
         f'        "{doc("not a docstring")}"\n'
         f'async def g():\n    "{doc("async")}"\n'
         'def h():\n    """Too short."""\n',
@@ -208,7 +208,7 @@ def test_corpus_holds_docstrings_of_the_library_only(script, tmp_path):
         doc("async"),
         doc("b"),
         doc("class"),
-        doc("method") + "\n\n  Indented.",
+        doc("method") + "\n\nFlush.\n  Indented.",
         doc("module"),  # twice in the tree, once in the corpus
     ]
 
@@ -224,7 +224,8 @@ def test_split_keeps_copies_together_and_depends_on_the_seed(script):
 
 def test_cutting_and_packing_lose_no_token(script):
     rng = random.Random(0)
-    documents = [[rng.randrange(END_ID)] * rng.randrange(1, 700) for _ in range(60)]
+    lengths = [rng.randrange(1, 120) for _ in range(300)] + [256, 257, 700]
+    documents = [[rng.randrange(END_ID)] * length for length in lengths]
     pieces = script.cut_documents(documents, END_ID, 256, rng)
     rows = script.pack_pieces(pieces, 256)
 
@@ -233,7 +234,7 @@ def test_cutting_and_packing_lose_no_token(script):
     assert sorted(piece for row in rows for piece in row) == sorted(pieces)
     kept = sum(token != END_ID for piece in pieces for token in piece)
     assert kept == sum(map(len, documents))
-    assert len(rows) <= sum(map(len, pieces)) / 256 * 1.1
+    assert len(rows) <= sum(map(len, pieces)) / 256 * 1.05
 
 
 @pytest.mark.parametrize("length", [0, 1, 254, 255, 256, 257, 383, 384, 1000])

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,6 +210,15 @@ def test_ends_at_the_end_of_text(tokenizer: Any) -> None:
     assert run_to_end(stream(model, tokenizer, "x", GREEDY)) == (["a", "b", "a"], one)
 
 
+def test_padding_is_no_text_that_may_not_come_again(tokenizer: Any) -> None:
+    a, b = tokenizer("ab")["input_ids"]
+    model, settings = script([a, b, END]), replace(GREEDY, no_repeat_ngram_size=1)
+    [alone] = generate(model, tokenizer, ["x"], settings)
+    assert alone.tokens == (a, b, END)
+    padded, _ = generate(model, tokenizer, ["x", "xyz"], settings)
+    assert padded == alone  # though the padding is the end-of-text token
+
+
 def test_ends_where_the_generation_settings_say(tokenizer: Any) -> None:
     a, b = tokenizer("ab")["input_ids"]
     model = script([a, b, a, a])
@@ -274,11 +284,14 @@ def test_empty_prompt_starts_from_the_end_of_text(tokenizer: Any) -> None:
 
 def test_special_tokens_in_a_prompt_are_text(tokenizer: Any) -> None:
     prompt = "a<|endoftext|>b"
-    tokenizer.backend_tokenizer.encode_special_tokens = False
-    assert module._encode(tokenizer, prompt, False) != module._encode(tokenizer, prompt, True)
-    assert len(module._encode(tokenizer, prompt, False)) == len(prompt)
-    assert len(module._encode(tokenizer, prompt, True)) == 3
-    assert tokenizer.backend_tokenizer.encode_special_tokens is False
+    backend = tokenizer.backend_tokenizer
+    for setting in (False, True):
+        backend.encode_special_tokens = setting
+        assert len(module._encode(tokenizer, prompt, False)) == len(prompt)
+        assert backend.encode_special_tokens is setting
+        assert len(module._encode(tokenizer, prompt, True)) == 3
+        assert backend.encode_special_tokens is setting
+    backend.encode_special_tokens = False
 
 
 def test_prompt_that_is_too_long_loses_its_beginning(tokenizer: Any) -> None:

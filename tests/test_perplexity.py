@@ -409,4 +409,4 @@ print([name for name in sys.modules if "perplexity" in name and name != "lowvram
         env={**os.environ, **{name: str(path) for name, path in places.items()}},
     )
     assert result.stdout.split() == ["49", "[]"]
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.rglob("*")) == []

@@ -73,7 +73,7 @@ def test_the_smallest_recipe_has_every_default(write: Write) -> None:
     assert loaded.train.learning_rate == 2e-4
     assert loaded.train.betas == (0.9, 0.999)
     assert loaded.fit.vram_bytes is None
-    assert loaded.evaluate.max_tokens == 32768
+    assert loaded.evaluate.max_tokens == 16384
     assert loaded.generate.prompts == ()
     assert loaded.output_dir == "runs/my"
     assert loaded.output_dtype == "fp32"

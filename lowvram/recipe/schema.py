@@ -248,7 +248,7 @@ class FitSection(Section):
 class EvaluateSection(Section):
     stride: Literal["auto"] | Count = "auto"
     """Tokens that the window moves by; auto moves it by half its length."""
-    max_tokens: Count | None = 32768
+    max_tokens: Count | None = 16384
     """Tokens to score at most; null scores all."""
 
 
