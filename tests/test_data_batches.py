@@ -84,7 +84,7 @@ def test_packed_rows_restart_positions_and_hide_first_tokens() -> None:
 
 
 def test_prompts_are_no_labels() -> None:
-    documents = [[1, 2, 3, 4, EOS], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, EOS]]
+    documents = [[1, 2, 3, 4, EOS], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
     blocks = make_blocks(documents, [3, 9], max_seq_len=10, completion_only=True)
     batch = make_batch(blocks, rows_of(blocks, 0, 1), pad_token_id=PAD)
     assert batch.labels.tolist() == [

@@ -34,6 +34,15 @@ def places(blocks: Blocks) -> list[int]:
     return [place for row in rows for start, n, _ in row for place in range(start, start + n)]
 
 
+def pieces(length: int, max_seq_len: int) -> list[tuple[int, int]]:
+    """(offset, length) of a document's pieces, by hand: no last token alone, if it can be helped."""
+    found = [(at, min(max_seq_len, length - at)) for at in range(0, length, max_seq_len)]
+    if len(found) > 1 and found[-1][1] == 1 and max_seq_len > 2:
+        (before, n), (last, _) = found[-2:]
+        found[-2:] = [(before, n - 1), (last - 1, 2)]
+    return found
+
+
 def random_lengths(seed: int) -> tuple[list[int], list[int], int]:
     generator = np.random.default_rng(seed)
     n, longest = int(generator.integers(1, 60)), int(generator.integers(1, 100))
@@ -69,8 +78,8 @@ def test_nothing_is_lost_and_nothing_comes_twice(
         assert packing or len(row) == 1
         for start, n, document in row:
             first = start - int(store.starts[document])
-            assert first % max_seq_len == 0  # cut into consecutive pieces
-            assert 2 <= n == min(max_seq_len, lengths[document] - first)
+            assert n >= 2
+            assert (first, n) in pieces(lengths[document], max_seq_len)
             of_prompt = prompts[document] if completion_only else 0
             counted = sum(place >= of_prompt for place in range(first + 1, first + n))
             assert counted > 0
@@ -80,7 +89,8 @@ def test_nothing_is_lost_and_nothing_comes_twice(
     expected = 0
     for length, prompt in zip(lengths, prompts, strict=True):
         of_prompt = prompt if completion_only else 0
-        expected += sum(p % max_seq_len != 0 and p >= of_prompt for p in range(length))
+        for at, n in pieces(length, max_seq_len):
+            expected += sum(place >= of_prompt for place in range(at + 1, at + n))
     assert targets == expected
 
 
@@ -95,10 +105,21 @@ def test_two_documents_in_a_row_have_no_target_between_them() -> None:
 def test_documents_of_one_token_are_dropped_and_counted() -> None:
     store = make_store([1, 5, 1, 9])
     blocks = pack(store, all_of(store), max_seq_len=4, packing=False, seed=0)
-    # Of 5 tokens the last is alone in its piece, of 9 as well.
-    assert (blocks.tokens, blocks.dropped_tokens, len(blocks)) == (12, 4, 3)
+    # 5 tokens are cut into 3 and 2, and 9 into 4, 3 and 2, so that no last token is alone.
+    assert (blocks.tokens, blocks.dropped_tokens, len(blocks)) == (14, 2, 5)
     nothing = pack(store, np.array([0, 2]), max_seq_len=4, packing=True, seed=0)
     assert (len(nothing), nothing.tokens, nothing.targets, nothing.dropped_tokens) == (0, 0, 0, 2)
+
+
+@pytest.mark.parametrize("length", range(2, 40))
+def test_the_last_token_of_a_document_is_a_target(length: int) -> None:
+    """It is the end-of-text: a model learns to stop at documents of any length."""
+    store = make_store([length])
+    blocks = pack(store, all_of(store), max_seq_len=8, packing=True, seed=0)
+    rows = (blocks.row(i) for i in range(len(blocks)))
+    targets = {p for row in rows for start, n, _ in row for p in range(start + 1, start + n)}
+    assert length - 1 in targets
+    assert blocks.dropped_tokens == 0
 
 
 def test_no_documents() -> None:
@@ -110,11 +131,12 @@ def test_no_documents() -> None:
 def test_prompts_are_in_the_rows_but_are_no_targets() -> None:
     store = make_store([6, 6, 10], [4, 6, 5])
     blocks = pack(store, all_of(store), max_seq_len=5, packing=False, seed=0, completion_only=True)
-    # Document 0: the piece 0..4 has target 4, and 5 is alone. Document 1 is all prompt. Document 2:
-    # its first piece is all prompt; the second begins the completion, with a token without context.
-    assert sorted(blocks.row(i)[0] for i in range(len(blocks))) == [(0, 5, 0), (17, 5, 2)]
-    assert sorted(blocks.ignored.tolist()) == [1, 4]
-    assert (blocks.targets, blocks.dropped_tokens) == (1 + 4, 1 + 6 + 5)
+    # Document 0: the piece 0..3 is all prompt, 4 and 5 are the other. Document 1 is all prompt.
+    # Document 2: its first piece is all prompt; the second begins the completion, with a token
+    # that has no context.
+    assert sorted(blocks.row(i)[0] for i in range(len(blocks))) == [(4, 2, 0), (17, 5, 2)]
+    assert sorted(blocks.ignored.tolist()) == [1, 1]
+    assert (blocks.targets, blocks.dropped_tokens) == (1 + 4, 4 + 6 + 5)
 
 
 def test_the_same_seed_gives_the_same_rows() -> None:

@@ -358,8 +358,9 @@ def test_a_half_precision_checkpoint_loads_as_asked(tmp_path: Path) -> None:
 
 
 # Relative error of the logits (2-norm) that is allowed, and less than which would mean that
-# nothing was quantised. The weights of these tiny models are ten times GPT-2's.
-@pytest.mark.parametrize(("dtype", "least", "most"), [("int8", 1e-4, 0.05), ("nf4", 1e-2, 0.35)])
+# nothing was quantised. Random weights this large make much of small changes; of two models that
+# have nothing to do with each other it would be 1.4.
+@pytest.mark.parametrize(("dtype", "least", "most"), [("int8", 1e-4, 0.05), ("nf4", 1e-2, 0.5)])
 @pytest.mark.parametrize(("architecture", "layers"), [("gpt2", 4), ("llama", 7)])
 def test_quantised_bases_are_close(
     architecture: str, layers: int, dtype: Any, least: float, most: float, request: Any
@@ -564,7 +565,7 @@ def test_the_tokenizer_is_saved_in_both_forms(plain: Path) -> None:
 
     assert new(text)["input_ids"] == expected
     assert new.decode(expected) == text
-    assert len(set(expected)) < len(text) / 2  # merges are used
+    assert len(expected) < len(text.encode())  # merges are used
     assert [token.id for word, _ in words for token in old.tokenize(word)] == expected
     assert new.model_max_length == 64
     assert new.eos_token == "<|endoftext|>"

@@ -91,9 +91,19 @@ def pack(
 
 
 def cut(lengths: Int64, max_seq_len: int) -> tuple[Int64, Int64, Int64]:
-    """Segments of documents of these lengths: whose, from which of its tokens on, how many."""
+    """Segments of documents of these lengths: whose, from which of its tokens on, how many.
+
+    A last token that would be alone, mostly the end-of-text, takes the one before it along: alone
+    it could not be a target, and documents of such lengths would never learn to end.
+    """
     counts = -(-lengths // max_seq_len)
     owner = np.repeat(np.arange(len(lengths)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     offsets = (np.arange(len(owner)) - first) * max_seq_len
-    return owner, offsets, np.minimum(lengths[owner] - offsets, max_seq_len)
+    sizes = np.minimum(lengths[owner] - offsets, max_seq_len)
+    if max_seq_len > 2:
+        alone = np.flatnonzero((sizes == 1) & (offsets > 0))
+        sizes[alone - 1] -= 1
+        offsets[alone] -= 1
+        sizes[alone] += 1
+    return owner, offsets, sizes
