@@ -41,13 +41,14 @@ _ASSETS = Path(__file__).parent / "assets"
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SMALL_FILES = ["*.json", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def locate(name: str, revision: str | None = None) -> Path:
+def locate(name: str, revision: str | None = None, *, weights: bool = False) -> Path:
     """The local directory of a model: as given, embedded in the package, or fetched once.
 
-    From the hub come only configuration, tokenizer and safetensors files.
+    From the hub come only configuration and tokenizer files, and with `weights` safetensors.
     """
     if name.startswith(EMBEDDED_PREFIX):
         embedded = {EMBEDDED_PREFIX + path.name: path for path in sorted(_ASSETS.iterdir())}
@@ -68,7 +69,7 @@ def locate(name: str, revision: str | None = None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+                allow_patterns=[*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES,
                 ignore_patterns=["*/*"],
             )
         )
@@ -117,7 +118,7 @@ def load_model(
     weight_files(name, revision)  # refuses pickles before anything is read
     with _model_errors(name), _quiet_libraries():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            locate(name, revision),
+            locate(name, revision, weights=True),
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=attention,
@@ -219,7 +220,7 @@ def parameter_count(model: nn.Module, *, trainable: bool = False) -> int:
 
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
     """The safetensors files of a model, sorted."""
-    directory = locate(name, revision)
+    directory = locate(name, revision, weights=True)
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
     if (directory / INDEX_FILE).is_file():

@@ -34,7 +34,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 _CHUNK_BYTES = 2**26  # fp32 logits made at once: 64 MiB, 333 rows of GPT-2's vocabulary
 _PASS_TOKENS = {"cuda": 4096, "cpu": 2048}  # padded tokens in one forward pass
 _LOOK_AHEAD = 64  # forward passes whose windows are sorted by length together
-_NOT_REPORTED = ("bytes", "words")  # properties of the data, reported with the data
+_NOT_REPORTED = ("documents", "bytes", "words")  # properties of the data
 _AUTOCAST = {None: None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -268,7 +268,11 @@ def _finish(job: Job, display: Display, *, seconds: float) -> RunResult:
         },
         evaluation={}
         if merged is None
-        else {**merged.to_json(), "precision": planned.numerics.precision},
+        else {
+            **merged.to_json(),
+            "documents": merged.documents,
+            "precision": planned.numerics.precision,
+        },
         merge=asdict(proof),
         tokens_per_second=_tokens_per_second(job.directory),
         memory={"predicted_peak_bytes": None, "measured_peak_bytes": measured},

@@ -126,12 +126,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """On a busy machine, threads cost a tiny model far more than they save."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token stores go into the test's own directory, and the hub is never asked."""
