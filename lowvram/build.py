@@ -228,7 +228,7 @@ def build_corpus(
         tokenize, tokenizer=tokenizer, allow_special_tokens=data.allow_special_tokens
     )
     store = to_tokens(_source(recipe, data.source, data.split), progress=progress)
-    notes = (f"data: {store.report}",)
+    notes = (f"data: {store.report}",) if store.report.left_out else ()
     if data.validation_source is None and data.validation_split is None:
         split = split_documents(store, data.validation_fraction, recipe.train.seed)
         return Corpus(

@@ -1,8 +1,8 @@
 """The state of a run on disk: everything that is needed to go on as if it had not stopped.
 
-A checkpoint is a directory with two safetensors files (trained weights, optimizer state) and
-one JSON file (the rest). It is written beside its place and renamed, so that it is there whole
-or not at all. Nothing in it is a pickle.
+A checkpoint is a directory with two safetensors files (trained weights, optimizer state), a
+JSON file (the rest) and another one with the hashes of those three. It is written beside its
+place and renamed, so that it is there whole or not at all. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -26,31 +26,36 @@ FORMAT = 1
 WEIGHTS_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+HASHES_FILE = "sha256.json"
+_HASHED = (WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE)
 _PREFIX = "step-"
+_PARTIAL = ".partial-"
 
 
 def save_checkpoint(
     state: TrainState, directory: Path, *, fingerprint: dict[str, str], keep_last: int
 ) -> Path:
-    """Write `directory`/step-N and remove all but the newest `keep_last`.
+    """Write `directory`/step-N, and remove all but the newest `keep_last` up to it.
 
-    `fingerprint` says what the run depends on (data, recipe, base); loading compares it.
+    What is there of later steps is damaged, or it would have been gone on from, and what a
+    crash has left half-written is of no use: both go too.
+    `fingerprint` says what the run depends on, such as its data; loading compares it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"{_PREFIX}{state.step:08d}"
-    partial = directory / f".partial-{final.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = directory / f"{_PARTIAL}{final.name}-{os.getpid()}"
     try:
+        partial.mkdir(parents=True, exist_ok=True)
         _write(state, partial, fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except OSError as error:
+        _sync(directory)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{final}: cannot be written: {error}") from error
-    _sync(directory)
-    for old in list_checkpoints(directory)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = [path for path in list_checkpoints(directory) if path <= final][-keep_last:]
+    for path in (*list_checkpoints(directory), *directory.glob(f"{_PARTIAL}*")):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -69,10 +74,10 @@ def _write(state: TrainState, directory: Path, fingerprint: dict[str, str]) -> N
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "random": _random_state(),
         "optimizer": structure,
-        "sha256": {name: _sha256(directory / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)},
     }
-    with (directory / STATE_FILE).open("w", encoding="utf-8") as file:
-        json.dump(facts, file)
+    (directory / STATE_FILE).write_text(json.dumps(facts), encoding="utf-8")
+    hashes = {name: _sha256(directory / name) for name in _HASHED}
+    (directory / HASHES_FILE).write_text(json.dumps(hashes), encoding="utf-8")
     for path in directory.iterdir():
         _sync(path)
 
@@ -102,23 +107,26 @@ def load_newest(
     for path in reversed(list_checkpoints(directory)):
         try:
             facts = _read_facts(path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             notes.append(f"skipped {path.name}, which is damaged: {error}")
             continue
         _check_fingerprint(path, facts["fingerprint"], fingerprint)
         _restore(state, path, facts)
         return path, notes
     reason = f" ({'; '.join(notes)})" if notes else ""
-    raise CheckpointError(f"{directory}: has no checkpoint to go on from{reason}")
+    raise CheckpointError(
+        f"{directory}: has no checkpoint to go on from{reason}; start anew with --overwrite"
+    )
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
+    hashes = json.loads((path / HASHES_FILE).read_text(encoding="utf-8"))
+    for name in _HASHED:
+        if not isinstance(hashes, dict) or hashes.get(name) != _sha256(path / name):
+            raise ValueError(f"{name} is not what was written")
     facts: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if facts["format"] != FORMAT:
         raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
-    for name, expected in facts["sha256"].items():
-        if name not in (WEIGHTS_FILE, OPTIMIZER_FILE) or _sha256(path / name) != expected:
-            raise ValueError(f"{name} is not what was written")
     return facts
 
 

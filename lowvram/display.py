@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 _PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
@@ -48,16 +48,17 @@ class Display:
     def _bar(self, title: str) -> Iterator[Update]:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(escape(title), total=None, text="")
 
             def update(completed: int, total: int | None, text: str) -> None:
-                bar.update(task, completed=completed, total=total, text=escape(text))
+                share = f"{completed}/{total}" if total else f"{completed}"
+                bar.update(
+                    task, completed=completed, total=total, text=escape(f"{share} {text}".rstrip())
+                )
 
             yield update
 

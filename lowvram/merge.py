@@ -72,7 +72,8 @@ def merge(
     tokenizer = load_tokenizer(name, revision)
     model = load_model(name, revision=revision, dtype="fp32")
     limit = context_length(model.config)
-    rows = [row[:limit] for row in proof_tokens or [tokenizer(PROOF_TEXT)["input_ids"]]]
+    text = tokenizer(PROOF_TEXT, verbose=False)["input_ids"]
+    rows = [row[:limit] for row in proof_tokens or [text]]
     live = load_adapter(model, adapter)
     expected = logits_of(live, rows)
     merged = merge_adapter(live)

@@ -8,7 +8,6 @@ settings of one that is gone.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -63,16 +62,19 @@ def _sgd(groups: Any, lr: float, betas: tuple[float, float]) -> torch.optim.Opti
     return torch.optim.SGD(groups, lr=lr)
 
 
-def _bitsandbytes(class_name: str) -> Callable[..., torch.optim.Optimizer]:
+def _bitsandbytes(class_name: str, *, paged: bool = False) -> Callable[..., torch.optim.Optimizer]:
     def factory(groups: Any, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         import bitsandbytes
 
-        with warnings.catch_warnings():
-            # Without CUDA, paged optimizers say that they behave like plain ones. That is so.
-            warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
-            optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, class_name)(
-                groups, lr=lr, betas=betas, min_8bit_size=MIN_8BIT_SIZE
-            )
+        # Pages go between a card and the host. Elsewhere the two classes do the same, but the
+        # paged one warns of it in its first step.
+        on_card = any(p.device.type == "cuda" for group in groups for p in group["params"])
+        optimizer_class = getattr(
+            bitsandbytes.optim, f"Paged{class_name}" if paged and on_card else class_name
+        )
+        optimizer: torch.optim.Optimizer = optimizer_class(
+            groups, lr=lr, betas=betas, min_8bit_size=MIN_8BIT_SIZE
+        )
         return optimizer
 
     return factory
@@ -81,7 +83,7 @@ def _bitsandbytes(class_name: str) -> Callable[..., torch.optim.Optimizer]:
 _FACTORIES: dict[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _bitsandbytes("AdamW8bit"),
-    "paged_adamw8bit": _bitsandbytes("PagedAdamW8bit"),
+    "paged_adamw8bit": _bitsandbytes("AdamW8bit", paged=True),
     "lion8bit": _bitsandbytes("Lion8bit"),
     "adafactor": _adafactor,
     "sgd": _sgd,

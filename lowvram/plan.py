@@ -106,6 +106,18 @@ class Plan:
             "base": base_sha256,
             "data": self.corpus.sha256,
             "recipe": sha256(text.encode()).hexdigest(),
+            "numerics": f"{self.numerics.precision} on a base in {self.numerics.base_dtype}",
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Every token of the training documents is in a row or dropped."""
+        return {
+            "documents": len(self.corpus.train),
+            "held_out_documents": len(self.corpus.held_out),
+            "rows": len(self.blocks),
+            "tokens": self.blocks.tokens,
+            "targets": self.blocks.targets,
+            "dropped_tokens": self.blocks.dropped_tokens,
         }
 
     def describe(self) -> list[tuple[str, str]]:
@@ -118,9 +130,9 @@ class Plan:
             ("trainable", f"{self.parameters.trainable:,} parameters ({share:.2%})"),
             (
                 "data",
-                f"{len(self.corpus.train):,} documents to train on, {len(self.corpus.held_out):,} "
-                f"held out; {len(self.blocks):,} rows, {self.blocks.tokens:,} tokens, "
-                f"{self.blocks.targets:,} targets, {self.blocks.dropped_tokens:,} tokens dropped",
+                "{documents:,} documents to train on, {held_out_documents:,} held out; {rows:,} "
+                "rows, {tokens:,} tokens, {targets:,} targets, {dropped_tokens:,} tokens "
+                "dropped".format(**self.counts()),
             ),
             (
                 "step",

@@ -40,7 +40,10 @@ class RunResult:
     tokens_per_second: float | None
     memory: dict[str, int | None]
     """predicted_peak_bytes (None: not predicted) and measured_peak_bytes."""
+    data: dict[str, int]
+    """Documents and tokens: in the rows, as targets, dropped, held out."""
     steps: int
+    """Windows of the data, skipped ones included."""
     optimizer_steps: int
     tokens: int
     trainable_parameters: int

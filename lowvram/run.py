@@ -12,9 +12,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import nn
 
-from lowvram.adapters import plain_model, save_adapter
+from lowvram.adapters import Base, plain_model, save_adapter
 from lowvram.build import base_of, build
 from lowvram.checkpoint import load_newest, save_checkpoint
 from lowvram.directory import RunDirectory, write_json, write_text
@@ -26,7 +28,7 @@ from lowvram.merge import MergeProof, logits_of, merge, write_proven
 from lowvram.model import load_model
 from lowvram.perplexity import PerplexityResult, score
 from lowvram.plan import Plan, plan
-from lowvram.recipe import Recipe, dump_recipe, recipe_sha256, with_overrides
+from lowvram.recipe import Recipe, TrainSection, dump_recipe, recipe_sha256, with_overrides
 from lowvram.report import RunResult, result_table
 from lowvram.train import StepMetrics, TrainState, train
 
@@ -64,8 +66,12 @@ def run(
 
 
 def announce(planned: Plan, display: Display) -> None:
-    for name, value in planned.describe():
-        display.say(f"{name:>10}  {value}")
+    if not display.quiet:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(justify="right", style="bold")
+        for name, value in planned.describe():
+            table.add_row(name, escape(value))
+        display.show(table)
     for note in planned.notes:
         display.warn(note)
 
@@ -77,21 +83,32 @@ class Job:
     plan: Plan
     directory: RunDirectory
     state: TrainState
+    base: Base
     fingerprint: dict[str, str]
     start: dict[str, Any]
     """What was found before the first step: perplexity and samples of the base."""
+
+    saved_step: int = 0
 
     @property
     def device(self) -> torch.device:
         return self.plan.numerics.device
 
+    @property
+    def settings(self) -> TrainSection:
+        return self.plan.recipe.train
+
     def save(self) -> None:
+        """A checkpoint of the state as it is, unless there is one."""
+        if self.state.step == self.saved_step:
+            return
         save_checkpoint(
             self.state,
             self.directory.checkpoints,
             fingerprint=self.fingerprint,
-            keep_last=self.plan.recipe.train.keep_last,
+            keep_last=self.settings.keep_last,
         )
+        self.saved_step = self.state.step
 
 
 def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: bool) -> Job:
@@ -112,6 +129,7 @@ def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: 
         plan=planned,
         directory=directory,
         state=state,
+        base=base,
         fingerprint=planned.fingerprint(base.sha256),
         start={},
     )
@@ -133,7 +151,6 @@ def _begin(job: Job, display: Display) -> None:
             "fit.gradient_checkpointing": chosen.gradient_checkpointing,
         },
     )
-    write_text(job.directory.recipe, dump_recipe(pinned))
     perplexity = _perplexity(job.plan, job.state.model, "base perplexity", display)
     if perplexity is not None:
         display.say(f"base: perplexity {perplexity.perplexity:.3f}")
@@ -146,6 +163,7 @@ def _begin(job: Job, display: Display) -> None:
             )
         ],
     }
+    write_text(job.directory.recipe, dump_recipe(pinned))
     write_json(job.directory.start, job.start)
 
 
@@ -155,6 +173,7 @@ def _resume(job: Job, display: Display) -> dict[str, Any]:
     path, notes = load_newest(job.state, job.directory.checkpoints, fingerprint=job.fingerprint)
     for note in notes:
         display.warn(note)
+    job.saved_step = job.state.step
     job.directory.keep_metrics(job.state.step)
     display.say(f"going on from {path}, step {job.state.step}")
     start: dict[str, Any] = json.loads(job.directory.start.read_text(encoding="utf-8"))
@@ -162,56 +181,50 @@ def _resume(job: Job, display: Display) -> dict[str, Any]:
 
 
 def _train(job: Job, display: Display) -> None:
-    state, settings, total = job.state, job.plan.recipe.train, job.plan.total_steps
-    saved = state.step
+    total = job.plan.total_steps
     with display.progress("training", every_seconds=0.0) as update, _interrupts() as interrupted:
         try:
-            for metrics in train(state, job.plan.windows(state.step)):
-                record = metrics.to_json()
-                last = metrics.step == total
-                if last or metrics.step % settings.log_every == 0 or metrics.step == 1:
+            for metrics in train(job.state, job.plan.windows(job.state.step)):
+                if metrics.step in (1, total) or _due(metrics.step, job.settings.log_every):
                     update(metrics.step, total, _step_line(metrics, job, total))
                 if metrics.skipped:
                     display.warn(f"step {metrics.step} skipped: {metrics.skipped}")
-                if not last and _due(metrics.step, settings.eval_every):
-                    found = _perplexity(job.plan, state.model, "evaluation", Display(quiet=True))
-                    if found is not None:
-                        record["validation_perplexity"] = found.to_json()["perplexity"]
-                        display.say(f"step {metrics.step}: perplexity {found.perplexity:.3f}")
-                job.directory.append_metrics(record)
-                if last or _due(metrics.step, settings.save_every):
-                    job.save()
-                    saved = metrics.step
-                if interrupted() and not last:
-                    _stop(job, saved)
-        except TrainingError:
-            if state.step > saved:
-                job.save()  # the weights are those of the last good step
+                _keep(job, metrics, display)
+                if interrupted() and metrics.step < total:
+                    raise Interrupted(
+                        f"stopped after step {metrics.step} of {total}, state saved in "
+                        f"{job.directory.checkpoints}; the same command with --resume goes on"
+                    )
+        except (Interrupted, TrainingError):
+            job.save()  # the weights are those of the last good step
             raise
+
+
+def _keep(job: Job, metrics: StepMetrics, display: Display) -> None:
+    """Record the step; evaluate and save when that is due."""
+    record, last = metrics.to_json(), metrics.step == job.plan.total_steps
+    if not last and _due(metrics.step, job.settings.eval_every):
+        found = _perplexity(job.plan, job.state.model, "evaluation", Display(quiet=True))
+        if found is not None:
+            record["validation_perplexity"] = found.to_json()["perplexity"]
+            display.say(f"step {metrics.step}: perplexity {found.perplexity:.3f}")
+    job.directory.append_metrics(record)
+    if last or _due(metrics.step, job.settings.save_every):
+        job.save()
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _stop(job: Job, saved: int) -> None:
-    if job.state.step > saved:
-        job.save()
-    raise Interrupted(
-        f"stopped after step {job.state.step} of {job.plan.total_steps}, state saved in "
-        f"{job.directory.checkpoints}; the same command with --resume goes on"
-    )
-
-
 def _step_line(metrics: StepMetrics, job: Job, total: int) -> str:
     memory = read_memory(job.device)
     left = (total - metrics.step) * metrics.seconds
     loss = "not finite" if not math.isfinite(metrics.loss) else f"{metrics.loss:.4f}"
+    speed = metrics.tokens / max(metrics.seconds, 1e-9)
     return (
-        f"loss {loss}  lr {metrics.learning_rate:.2e}  "
-        f"{metrics.tokens / max(metrics.seconds, 1e-9):,.0f} tokens/s  "
-        f"left {format_seconds(left)}  memory {format_gib(memory.now_bytes)} "
-        f"(peak {format_gib(memory.peak_bytes)})"
+        f"loss {loss} {speed:,.0f} tok/s {format_seconds(left)} left "
+        f"{format_gib(memory.now_bytes)}, peak {format_gib(memory.peak_bytes)}"
     )
 
 
@@ -276,6 +289,7 @@ def _finish(job: Job, display: Display, *, seconds: float) -> RunResult:
         merge=asdict(proof),
         tokens_per_second=_tokens_per_second(job.directory),
         memory={"predicted_peak_bytes": None, "measured_peak_bytes": measured},
+        data=planned.counts(),
         steps=steps,
         optimizer_steps=optimizer_steps,
         tokens=tokens,
@@ -317,7 +331,7 @@ def _write_models(job: Job, display: Display) -> MergeProof:
             dtype=recipe.output_dtype,
         )
     else:
-        save_adapter(state.model, directory.adapter, base_of(recipe))
+        save_adapter(state.model, directory.adapter, job.base)
         proof = merge(
             directory.adapter, directory.merged, dtype=recipe.output_dtype, proof_tokens=rows
         )

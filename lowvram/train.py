@@ -26,6 +26,7 @@ from lowvram.optimizers import set_learning_rate
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NOTHING_TO_TRAIN = "no parameter received a gradient: nothing would be trained"
 
 
 @dataclass(kw_only=True)
@@ -166,6 +167,8 @@ def _accumulate(state: TrainState, window: Sequence[Batch], target_tokens: int) 
                 label_smoothing=state.label_smoothing,
                 chunked=state.chunked_loss,
             )
+        if not loss.requires_grad:
+            raise TrainingError(_NOTHING_TO_TRAIN)
         loss = loss / target_tokens
         total += loss.detach()
         (state.scaler.scale(loss) if state.scaler else loss).backward()
@@ -177,7 +180,7 @@ def _unscale_and_clip(state: TrainState) -> float:
     """The norm of the true gradients; they are clipped to `max_grad_norm` after unscaling."""
     parameters = [p for p in state.trainable() if p.grad is not None]
     if not parameters:
-        raise TrainingError("no parameter received a gradient: nothing would be trained")
+        raise TrainingError(_NOTHING_TO_TRAIN)
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -73,6 +73,11 @@ class ReadReport:
     without_separator: int = 0
     """Documents that were kept, without a prompt, because the separator does not occur in them."""
 
+    @property
+    def left_out(self) -> bool:
+        """Whether anything of the source is in no document, or not as it was meant."""
+        return any((self.files_skipped, self.blank, self.nulls, self.without_separator))
+
     def __str__(self) -> str:
         parts = [f"{self.documents:,} documents"]
         parts += [f"{self.blank:,} blank ones skipped"] if self.blank else []

@@ -7,11 +7,12 @@ from lowvram.recipe.loading import (
     recipe_sha256,
     with_overrides,
 )
-from lowvram.recipe.schema import Recipe, parse_size
+from lowvram.recipe.schema import Recipe, TrainSection, parse_size
 from lowvram.recipe.shipped import list_recipes, recipe_text
 
 __all__ = [
     "Recipe",
+    "TrainSection",
     "dump_recipe",
     "list_recipes",
     "load_recipe",
