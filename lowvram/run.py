@@ -190,7 +190,7 @@ def _train(job: Job, display: Display) -> None:
                 if metrics.skipped:
                     display.warn(f"step {metrics.step} skipped: {metrics.skipped}")
                 _keep(job, metrics, display)
-                if interrupted() and metrics.step < total:
+                if interrupted():
                     raise Interrupted(
                         f"stopped after step {metrics.step} of {total}, state saved in "
                         f"{job.directory.checkpoints}; the same command with --resume goes on"

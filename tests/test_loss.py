@@ -369,19 +369,23 @@ def test_a_head_is_plain_or_not() -> None:
         (gemma2, False),
         (cohere, False),
     ]:
-        model = make().train()
-        assert head_is_plain(model) is plain, make.__name__
-        assert model.training
-        assert head_is_plain(model.bfloat16()) is plain, make.__name__
+        assert head_is_plain(make()) is plain, make.__name__
+        assert head_is_plain(make().bfloat16()) is plain, make.__name__
 
 
-@pytest.mark.parametrize(("make", "chunked"), [(gemma2, False), (make_llama, True)])
+def with_dropout() -> PreTrainedModel:
+    return make_gpt2(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "chunked"), [(gemma2, False), (make_llama, True), (with_dropout, True)]
+)
 def test_build_falls_back_to_the_models_own_loss(
     make: Callable[[], PreTrainedModel], chunked: bool, make_recipe: Any, tmp_path: Path
 ) -> None:
     directory = save(make(), tmp_path / "model")
-    recipe = make_recipe(**{"model.name": str(directory), "model.attention": "eager"})
-    assert build(recipe, total_steps=3).chunked_loss is chunked
+    settings = {"model.name": str(directory), "model.attention": "eager", "method.dropout": 0.5}
+    assert build(make_recipe(**settings), total_steps=3).chunked_loss is chunked
 
 
 def test_it_is_differentiated_once_only() -> None:

@@ -139,19 +139,15 @@ def test_a_hub_id_without_network_says_what_to_do(load: Callable[[str], Any]) ->
     )
 
 
-def test_from_the_hub_comes_what_a_model_needs_and_nothing_that_runs(
-    gpt2_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("load", "weights"),
+    [(load_config, False), (load_tokenizer, False), (empty_model, False), (load_model, True)],
+)
+def test_from_the_hub_comes_what_is_needed_and_nothing_that_runs(
+    gpt2_dir: Path, monkeypatch: pytest.MonkeyPatch, load: Any, weights: bool
 ) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(repository: str, **options: Any) -> str:
-        asked.update(options, repository=repository)
-        return str(gpt2_dir)
-
-    monkeypatch.setattr(module, "snapshot_download", download)
-
-    assert locate("gpt2", "main") == gpt2_dir
-    assert (asked.pop("repository"), asked.pop("revision")) == ("gpt2", "main")
+    """Weights only once they are used; never pickles, code or other libraries' files."""
+    fetched: set[str] = set()
     # The files of the hub's gpt2, and two that other repositories have.
     files = (
         "64-8bits.tflite 64.tflite README.md config.json flax_model.msgpack generation_config.json "
@@ -159,10 +155,21 @@ def test_from_the_hub_comes_what_a_model_needs_and_nothing_that_runs(
         "pytorch_model.bin rust_model.ot tf_model.h5 tokenizer.json tokenizer_config.json "
         "vocab.json modeling_evil.py model.safetensors.index.json original/model.safetensors"
     ).split()
-    assert sorted(filter_repo_objects(files, **asked)) == sorted(
-        "config.json generation_config.json merges.txt model.safetensors tokenizer.json "
-        "tokenizer_config.json vocab.json model.safetensors.index.json".split()
+
+    def download(repository: str, revision: str, **patterns: Any) -> str:
+        assert (repository, revision) == ("gpt2", "main")
+        fetched.update(filter_repo_objects(files, **patterns))
+        return str(gpt2_dir)
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+
+    load("gpt2", revision="main")
+
+    small = (
+        "config.json generation_config.json merges.txt tokenizer.json tokenizer_config.json "
+        "vocab.json model.safetensors.index.json"
     )
+    assert fetched == {*small.split(), *(["model.safetensors"] if weights else [])}
 
 
 # What is refused

@@ -288,6 +288,27 @@ def test_a_run_stopped_before_its_first_step_is_simply_run_again(
     assert (Path(recipe.output_dir) / "result.json").exists()
 
 
+def test_a_run_stopped_after_its_last_step_is_finished(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C in the last step, and again while the models are written."""
+    recipe = make(**{"train.max_steps": 2})
+    directory = stopped_at(recipe, 2, monkeypatch)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RUN, "merge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, resume=True, display=QUIET)
+    assert not (directory / "result.json").exists()
+    result = run(recipe, resume=True, display=QUIET)
+    assert (result.steps, result.optimizer_steps) == (2, 2)
+    assert [line["step"] for line in metrics_of(directory)] == [1, 2]
+    assert (directory / "merged" / "model.safetensors").exists()
+
+
 def test_another_number_format_is_another_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto`, or a CPU without 16 bits, choose by the machine, which may have changed."""
     recipe = make(**{"train.precision": "bf16", "train.max_steps": 3})

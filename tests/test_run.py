@@ -7,11 +7,10 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,7 @@ def check_output(result: RunResult, base: Path, *, method: str, held_out: bool =
     assert saved["memory"]["predicted_peak_bytes"] is None
     assert 2**26 < saved["memory"]["measured_peak_bytes"] < 2**36
     assert {"python", "torch", "transformers", "peft", "lowvram"} <= saved["versions"].keys()
-    assert saved["versions"]["torch"] == torch.__version__.split("+")[0] or saved["versions"][
-        "torch"
-    ] == str(torch.__version__)
+    assert str(torch.__version__).startswith(saved["versions"]["torch"])
     assert len(saved["recipe_sha256"]) == 64
     steps = metrics_of(result)
     assert [step["step"] for step in steps] == list(range(1, saved["steps"] + 1))
@@ -133,8 +130,6 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_run(
     architecture: str, kind: str, make_recipe: MakeRecipe, request: Any
 ) -> None:
-    if (architecture, kind) == ("llama", "bias"):
-        pytest.skip("it has no biases")
     base = request.getfixturevalue(f"{architecture}_dir")
 
     result = go(make_recipe(**{"model.name": str(base)}, **KINDS[kind]))
@@ -800,7 +795,7 @@ def test_steps_are_shown_as_asked(make_recipe: MakeRecipe, every: int, steps: li
 
     training = [line for line in found if line.startswith("training ")]
     assert [line.split()[1] for line in training] == [f"{step}/7" for step in steps]
-    assert all("loss " in line and "tokens/s" in line and "peak" in line for line in training)
+    assert all("loss " in line and " tok" in line and "peak" in line for line in training)
 
 
 def test_a_run_tells_its_story(make_recipe: MakeRecipe) -> None:
@@ -876,13 +871,7 @@ def test_the_merged_checkpoint_has_the_dtype_asked_for(make_recipe: MakeRecipe) 
     assert result.perplexity["merged"] == pytest.approx(result.perplexity["adapter"], rel=0.02)
 
 
-@pytest.fixture
-def no_leftovers(tmp_path: Path) -> Iterator[None]:
-    yield
-    assert [path for path in tmp_path.rglob(".partial*") if "cache" not in path.parts] == []
-
-
-@pytest.mark.usefixtures("no_leftovers")
 def test_nothing_half_written_is_left(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     go(make_recipe())
-    shutil.rmtree(tmp_path / "run")
+
+    assert list(tmp_path.rglob(".partial*")) == []

@@ -31,7 +31,8 @@ from lowvram.optimizers import learning_rate_at, make_optimizer
 from lowvram.plan import plan
 from lowvram.train import StepMetrics, TrainState, train, train_step
 
-BUILD = import_module("lowvram.build")  # as an attribute of the package it is the function
+# As attributes of the package these are the functions.
+BUILD, TRAIN = import_module("lowvram.build"), import_module("lowvram.train")
 CPU = torch.device("cpu")
 VOCABULARY = len(make_tokenizer())
 Gradients = dict[str, torch.Tensor]
@@ -199,9 +200,11 @@ def reference_run(
             parameter.copy_(start[name])
     matrices = {"params": [p for p in named.values() if p.ndim == 2], "weight_decay": 0.1}
     vectors = {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(
-        [matrices, vectors], lr=5e-3, betas=(0.8, 0.95), foreach=False, fused=False
-    )
+    if method == "lora":
+        options = {"lr": 5e-3, "betas": (0.8, 0.95), "foreach": False, "fused": False}
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW([matrices, vectors], **options)
+    else:
+        optimizer = torch.optim.SGD([matrices, vectors], lr=0.1)
     losses, norms = [], []
     for window in data:
         pieces = [piece for batch in window for piece in segments_of(batch)]
@@ -224,17 +227,20 @@ def reference_run(
 def test_ten_steps_equal_a_loop_of_peft_transformers_and_torch(
     packing: bool, method: str, make_recipe: Any, gpt2_dir: Path
 ) -> None:
-    """1e-5 in the weights after ten clipped steps of AdamW, 1e-5 in every logged loss."""
-    adapter = {"method.rank": 4, "method.target_modules": ["c_attn"]}
+    """1e-5 in the weights after ten clipped steps, 1e-5 in every logged loss.
+
+    Adapters with AdamW, the whole model with SGD: there Adam makes steps of full size from
+    gradients that are nothing but rounding, such as those of the keys' biases.
+    """
+    lora = {"method.rank": 4, "method.target_modules": ["c_attn"], "train.optimizer": "adamw"}
+    full = {"method.name": "full", "train.optimizer": "sgd", "train.learning_rate": 0.1}
     recipe = make_recipe(
-        **(adapter if method == "lora" else {"method.name": "full"}),
+        **{"train.learning_rate": 5e-3} | (lora if method == "lora" else full),
         **{
             "data.packing": packing,
             "fit.micro_batch_size": 2,
             "train.global_batch_size": 4,
             "train.max_steps": 10,
-            "train.optimizer": "adamw",
-            "train.learning_rate": 5e-3,
             "train.schedule": "constant",
             "train.warmup_steps": 0,
             "train.weight_decay": 0.1,
@@ -288,7 +294,11 @@ def test_settings_of_the_recipe_reach_the_step(
     logits = torch.cat([model(ids).logits[0, :-1] for ids, _ in pieces])
     targets = torch.cat([labels[0, 1:] for _, labels in pieces])
     wanted = F.cross_entropy(logits, targets, label_smoothing=0.2).item()
+    head_runs = []
+    head = plain_model(state.model).get_output_embeddings()
+    head.register_forward_hook(lambda *_: head_runs.append(1))
     assert train_step(state, window).loss == pytest.approx(wanted, rel=1e-5)
+    assert bool(head_runs) is not chunked
 
 
 def test_a_warm_up_longer_than_the_run_is_shortened(make_recipe: Any) -> None:
@@ -769,6 +779,22 @@ def test_a_nan_gradient_under_a_finite_loss_is_no_step() -> None:
     assert_equal(weights(state.model), before)
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_bad_loss_over_finite_gradients_is_no_step(
+    bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state(optimizer="adamw")
+    before = weights(state.model)
+    (window,) = make_windows([9, 8], micro=1, batch=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN, "token_loss", lambda *a, **k: token_loss(*a, **k) + bad)
+        metrics = train_step(state, window)
+    assert metrics.skipped == "nonfinite"
+    assert metrics.to_json()["loss"] is None
+    assert math.isfinite(metrics.grad_norm)
+    assert_equal(weights(state.model), before)
+
+
 # Memory and gradients
 
 
@@ -790,16 +816,24 @@ def test_eight_bit_state_survives_many_models() -> None:
     assert set(sizes.values()) == {torch.uint8}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_checkpointing_changes_nothing(
-    dropout: bool, make_recipe: Any, gpt2_dir: Path, dropout_gpt2_dir: Path
+    dropout: bool,
+    precision: str,
+    make_recipe: Any,
+    gpt2_dir: Path,
+    dropout_gpt2_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same loss and the same gradients to the bit, with dropout 0.1 too."""
+    """The same loss and the same gradients to the bit, with dropout 0.1 and under autocast too."""
+    monkeypatch.setattr(BUILD, "has_fast_16_bit", lambda dtype: True)
     recipe = make_recipe(
         **{
             "model.name": str(dropout_gpt2_dir if dropout else gpt2_dir),
             "method.dropout": 0.1 if dropout else 0.0,
             "train.optimizer": "sgd",
+            "train.precision": precision,
         }
     )
     (window,) = make_windows([30, 20, 9, 12, 17, 4], micro=2, batch=6, packing=True)
