@@ -444,6 +444,7 @@ def test_the_hub_is_never_asked(
 ) -> None:
     """T18 (h): peft's way to decide whether to save embeddings is to look at the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     asked: list[Any] = []
 
     def refuse(*where: Any, **options: Any) -> Any:

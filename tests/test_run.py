@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowvram.build import build
 from lowvram.directory import RunDirectory
 from lowvram.display import Display
 from lowvram.errors import CheckpointError, DataError, Interrupted, LowVRAMError, ModelError
@@ -726,6 +727,19 @@ def test_keys_that_change_nothing_but_rounding(
     for name, tensor in merged_of(before).items():
         # AdamW's first steps are about the sign of gradients, so rounding is made large by it.
         assert (tensor - merged_of(after)[name]).abs().max() < 1e-4
+
+
+def test_the_seed_draws_the_first_adapter(make_recipe: MakeRecipe) -> None:
+    def drawn(seed: int) -> list[torch.Tensor]:
+        state = build(make_recipe(**{"train.seed": seed}), total_steps=3)
+        return [p for name, p in state.model.named_parameters() if "lora_A" in name]
+
+    one, again, other = drawn(1), drawn(1), drawn(2)
+
+    assert len(one) == 2
+    for a, b, c in zip(one, again, other, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
 
 
 def test_betas_are_those_of_the_optimizer(unchanged: dict[str, Any], tmp_path: Path) -> None:

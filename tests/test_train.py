@@ -155,13 +155,13 @@ def gradients_at_steps(state: TrainState) -> Iterator[list[Gradients]]:
 
 
 @contextmanager
-def poisoned(model: nn.Module, *steps: int, windows_of: int = 1) -> Iterator[None]:
+def poisoned(model: nn.Module, *steps: int, everythingof: int = 1) -> Iterator[None]:
     """The forward passes of these windows (counted from 0) give NaN."""
     passes = 0
 
     def poison(module: nn.Module, inputs: Any, output: Any) -> Any:
         nonlocal passes
-        if passes // windows_of in steps:
+        if passes // everythingof in steps:
             output.last_hidden_state = output.last_hidden_state * math.nan
         passes += 1
         return output
@@ -362,7 +362,7 @@ def test_what_is_left_of_an_epoch_is_a_step_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw8bit"])
-def test_windows_without_a_target_are_skipped(optimizer: str) -> None:
+def test_everythingwithout_a_target_are_skipped(optimizer: str) -> None:
     """No NaN of 0 / 0, no weight decay, no moment that moves on."""
     state = make_state(optimizer=optimizer, learning_rate=1e-2)
     (window,) = make_windows([9, 7], micro=2, batch=2)
@@ -456,6 +456,28 @@ def test_every_token_but_the_first_of_a_document_is_a_target(
         lonely = sum(len(ids) % 64 == 1 for ids in documents)
         assert len(found) == parts - lonely
         assert sum(map(len, found)) == sum(map(len, documents)) - parts
+
+
+def test_every_epoch_sees_every_token_in_an_order_of_its_own(make_recipe: Any) -> None:
+    """And a plan that starts at a later step goes on as the whole one does."""
+    planned = plan(make_recipe(**{"train.max_steps": 25, "fit.micro_batch_size": 2}))
+    assert planned.steps_per_epoch == 10
+    everything = list(planned.windows())
+    steps = [[batch.input_ids.tolist() for batch in window] for window in everything]
+    assert len(steps) == 25
+    epochs = [steps[:10], steps[10:20], steps[20:]]
+    assert epochs[0] != epochs[1]
+    assert epochs[0][:5] != epochs[2]
+    targets = [
+        sorted(label for batch in sum(part, []) for label in batch.labels.flatten().tolist())
+        for part in (everything[:10], everything[10:20])
+    ]
+    kept = [[label for label in labels if label != IGNORED] for labels in targets]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == planned.blocks.targets
+    for start in (0, 3, 10, 13, 20, 24, 25):
+        later = [[b.input_ids.tolist() for b in window] for window in planned.windows(start)]
+        assert later == steps[start:]
 
 
 # Number formats
