@@ -35,7 +35,7 @@ def places(blocks: Blocks) -> list[int]:
 
 
 def pieces(length: int, max_seq_len: int) -> list[tuple[int, int]]:
-    """(offset, length) of a document's pieces, by hand: no last token alone, if it can be helped."""
+    """(offset, length) of a document's pieces, by hand: no last token is alone if it need not."""
     found = [(at, min(max_seq_len, length - at)) for at in range(0, length, max_seq_len)]
     if len(found) > 1 and found[-1][1] == 1 and max_seq_len > 2:
         (before, n), (last, _) = found[-2:]

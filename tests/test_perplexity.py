@@ -215,7 +215,6 @@ def test_result_and_its_json() -> None:
         "stride": 8,
         "bits_per_byte": result.bits_per_byte,
         "word_perplexity": result.word_perplexity,
-        "documents": 2,
     }
 
 

@@ -89,5 +89,5 @@ def test_keys_named_in_the_readme_exist() -> None:
 
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     for section, key in re.findall(r"`(\w+)\.(\w+)`", README):
-        if section in sections:
+        if section in sections and f"{section}.{key}" != "model.safetensors":
             assert key in sections[section].model_fields, f"{section}.{key}"  # type: ignore[union-attr]
