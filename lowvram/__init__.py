@@ -8,7 +8,7 @@
 or step by step:
 
     plan = lowvram.plan(recipe)
-    state = lowvram.build(recipe, total_steps=plan.total_steps)
+    state = lowvram.build(plan.recipe, total_steps=plan.total_steps)
     for metrics in lowvram.train(state, plan.windows()):
         print(metrics.step, metrics.loss)
 

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -155,6 +162,10 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
             "(adapter_model.bin) are not opened, save them as safetensors"
         )
     try:
+        if PeftConfig.from_pretrained(directory).is_prompt_learning:
+            raise ModelError(
+                f"{directory}: is a learned prompt, not layers; it can be neither merged nor scored"
+            )
         with _quiet_peft():
             # peft warns of tensors that the file lacks, and leaves them at their start values
             warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
@@ -178,8 +189,10 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """W + (alpha / rank) (B A)^T into the base, in the base's dtype: give it an fp32 base.
 
-    The result is the plain model class with no trace of peft. Non-finite weights are an error.
+    The result is the plain model class with no trace of peft. Non-finite weights are an error,
+    and so are changed embeddings and output heads.
     """
+    _check_mergeable(model)
     try:
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -188,6 +201,21 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         del merged.peft_config
     merged._hf_peft_config_loaded = False
     return merged
+
+
+def _check_mergeable(model: PeftModel) -> None:
+    """Other tools put adapters where a plain checkpoint has no place for them."""
+    base = plain_model(model)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    changed = [m for m in ends if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Embedding):
+            changed.append(module)
+    if changed:
+        raise ModelError(
+            "merge: the adapter changes an embedding or the output head. In a checkpoint that ties "
+            "the two, that change would go to both or untie them, and give another model"
+        )
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:

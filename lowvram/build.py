@@ -21,7 +21,7 @@ from lowvram.adapters import Adapter, Base, add_adapter, plain_model
 from lowvram.data import Blocks, Source, TokenStore, pack, split_documents, tokenize
 from lowvram.errors import DataError, DeviceError, ModelError
 from lowvram.loss import head_is_plain
-from lowvram.memory.measure import compute_capability, has_fast_16_bit
+from lowvram.memory.measure import compute_capability, has_fast_16_bit, limit_memory
 from lowvram.model import (
     TORCH_DTYPES,
     BaseDtype,
@@ -48,7 +48,10 @@ class Numerics:
 
 
 def choose_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        # With its index: some of torch's memory functions do not take "cuda" alone.
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def choose_numerics(recipe: Recipe, device: torch.device | None = None) -> Numerics:
@@ -98,17 +101,17 @@ def _precision(wanted: str, device: torch.device) -> tuple[Precision, tuple[str,
     return "fp32", (f"train.precision {wanted}: this CPU has no {wanted} arithmetic; using fp32",)
 
 
-def build(
-    recipe: Recipe,
-    *,
-    total_steps: int,
-    gradient_checkpointing: bool = False,
-    numerics: Numerics | None = None,
-) -> TrainState:
-    """Model, adapters, optimizer and schedule, on the device, ready for `train_step`."""
+def build(recipe: Recipe, *, total_steps: int, numerics: Numerics | None = None) -> TrainState:
+    """Model, adapters, optimizer and schedule, on the device, ready for `train_step`.
+
+    What `fit` leaves to auto has to be chosen before, as `plan` does in the recipe it returns;
+    here auto is off.
+    """
     numerics = numerics or choose_numerics(recipe)
+    if recipe.fit.vram_bytes is not None:
+        limit_memory(numerics.device, recipe.fit.vram_bytes)
     set_seed(recipe.train.seed)
-    model = build_model(recipe, numerics, gradient_checkpointing=gradient_checkpointing)
+    model = build_model(recipe, numerics)
     settings = recipe.train
     optimizer = make_optimizer(
         settings.optimizer,
@@ -136,9 +139,7 @@ def build(
     )
 
 
-def build_model(
-    recipe: Recipe, numerics: Numerics, *, gradient_checkpointing: bool = False
-) -> nn.Module:
+def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
     """The base in its dtype with fp32 adapters on it, or the whole model in fp32."""
     model = load_model(
         recipe.model.name,
@@ -150,7 +151,7 @@ def build_model(
     )
     if recipe.model.fused_gelu:
         fuse_gelu(model)
-    if gradient_checkpointing:
+    if recipe.fit.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # Only the reentrant kind needs inputs that require a gradient.
         model.disable_input_require_grads()
@@ -239,7 +240,8 @@ def build_corpus(
             notes=notes + ((split.note,) if split.note else ()),
         )
     held_out = to_tokens(
-        _source(recipe, data.validation_source or data.source, data.validation_split or data.split)
+        _source(recipe, data.validation_source or data.source, data.validation_split or data.split),
+        progress=progress,
     )
     return _without_leaks(store, held_out, notes)
 
@@ -280,13 +282,20 @@ def _source(recipe: Recipe, names: str | tuple[str, ...], split: str) -> Source:
 
 
 def build_blocks(recipe: Recipe, corpus: Corpus, max_seq_len: int) -> Blocks:
+    completion_only = recipe.data.loss_on == "completion"
+    if completion_only and not corpus.store.prompt_lengths.any():
+        raise DataError(
+            "data.loss_on: completion, but no document has a prompt. Set data.separator to the "
+            "text between the two, or use columns named by data.prompt_column and "
+            "data.completion_column (a column named by data.text_column comes before them)"
+        )
     return pack(
         corpus.store,
         corpus.train,
         max_seq_len=max_seq_len,
         packing=recipe.data.packing,
         seed=recipe.train.seed,
-        completion_only=recipe.data.loss_on == "completion",
+        completion_only=completion_only,
     )
 
 

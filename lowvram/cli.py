@@ -211,7 +211,7 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
 @click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="A prompt a line.")  # fmt: skip
 @click.option("--interactive", is_flag=True, help="Ask for prompts until the end of input.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Default: 64.")
 @click.option("--temperature", type=click.FloatRange(0),
               help="0 is greedy; default: 0.8, with beams 0.")  # fmt: skip
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95,
@@ -239,7 +239,7 @@ def generate(
     from lowvram.errors import RecipeError
 
     try:
-        texts = [*prompts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+        texts = [*prompts, *(_prompt_lines(file) if file else [])]
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--file {file}: cannot be read as UTF-8 text: {error}") from error
     if interactive == bool(texts):
@@ -260,6 +260,12 @@ def generate(
         for record in writer.records(texts):
             click.echo(f"{record['prompt']}{record['text']}\n")
             _say_notes(record["notes"])
+
+
+def _prompt_lines(file: Path) -> list[str]:
+    """A prompt a line, as text files of data are read: blank lines are none."""
+    text = file.read_text(encoding="utf-8-sig")  # universal newlines
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _stream(writer: Any, prompt: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _FOLDERS = ("checkpoints", "adapter", "merged")
 
 class RunDirectory:
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.recipe = self.path / "recipe.yaml"
         self.start = self.path / "start.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -34,8 +35,13 @@ class RunDirectory:
         self.merged = self.path / "merged"
         self.result = self.path / "result.json"
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Say why it cannot be opened, and what to type; nothing is changed."""
+    def check(self, *, resume: bool, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+        """Say why it cannot be used, and what to type; nothing is changed.
+
+        `inputs` are files and directories that the run reads: starting anew must not remove them.
+        """
+        if resume and overwrite:
+            raise CheckpointError("--resume goes on and --overwrite starts anew: give one of them")
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output_dir: {self.path} is a file; name a directory")
         above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
@@ -43,7 +49,7 @@ class RunDirectory:
             raise CheckpointError(f"output_dir: {self.path} cannot be made: cannot write {above}")
         started, finished = self.start.exists(), self.result.exists()
         if resume:
-            if finished and not overwrite:
+            if finished:
                 raise CheckpointError(
                     f"output_dir: the run in {self.path} is finished; --overwrite starts it anew"
                 )
@@ -52,6 +58,7 @@ class RunDirectory:
                     f"output_dir: no run has been started in {self.path}; run without --resume"
                 )
             return
+        self._keep_inputs(inputs)
         if (finished or started) and not overwrite:
             state = "a finished run" if finished else "an unfinished run"
             go_on = "" if finished else "go on with --resume, or "
@@ -66,11 +73,21 @@ class RunDirectory:
                 "replaces; choose another with --set output_dir=DIR, or allow it with --overwrite"
             )
 
-    def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Check it, then make it ready; never removes what is not a run's."""
-        self.check(resume=resume, overwrite=overwrite)
-        if resume:
-            return
+    def _keep_inputs(self, inputs: Sequence[str]) -> None:
+        replaced = [(self.path / name).resolve() for name in (*_FOLDERS, *_FILES)]
+        for name in inputs:
+            path = Path(name).expanduser()
+            if not path.exists():
+                continue  # a model or data set of the hub, or a pattern
+            resolved = path.resolve()
+            if any(resolved == own or own in resolved.parents for own in replaced):
+                raise CheckpointError(
+                    f"output_dir: a new run in {self.path} would replace {name}, which it reads; "
+                    "choose another with --set output_dir=DIR"
+                )
+
+    def make_empty(self) -> None:
+        """Ready for a new run; never removes what is not a run's."""
         try:
             for name in _FOLDERS:
                 if (self.path / name).is_symlink():

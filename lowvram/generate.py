@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import math
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,11 @@ class Sampling:
         for key, (fits, what) in allowed.items():
             if not fits:
                 raise RecipeError(f"generate.{key}: found {getattr(self, key)}, allowed {what}")
+        for key in ("temperature", "length_penalty", "repetition_penalty"):
+            if not math.isfinite(getattr(self, key)):
+                raise RecipeError(
+                    f"generate.{key}: found {getattr(self, key)}, allowed finite numbers"
+                )
         if self.num_beams > 1 and self.temperature > 0:
             raise RecipeError(
                 f"generate.num_beams: found {self.num_beams} with temperature {self.temperature}; "

@@ -23,6 +23,7 @@ from lowvram.model import context_length, load_model, load_tokenizer
 from lowvram.perplexity import PerplexityResult, score
 
 _LONGEST_CONTEXT = 1024  # by default; longer ones are asked for
+_NEW_TOKENS = 64
 
 
 def load(name: str, *, base: str | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -94,6 +95,10 @@ class Writer:
 
     def __init__(self, model: str, *, base: str | None, sampling: dict[str, Any]) -> None:
         self.model, self.tokenizer = load(model, base=base)
+        if sampling.get("max_new_tokens") is None:
+            # Half of a small model's positions, so that a prompt has room.
+            positions = context_length(plain_model(self.model).config)
+            sampling = {**sampling, "max_new_tokens": min(_NEW_TOKENS, positions // 2)}
         self.sampling = Sampling(**sampling)
 
     def records(self, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:

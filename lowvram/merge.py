@@ -69,6 +69,9 @@ def merge(
     """
     if output.exists():
         raise CheckpointError(f"{output}: is there already; name a new directory")
+    above = next(path for path in output.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"{output}: cannot be written: {above} is no directory")
     name, revision = check_base(adapter, base)
     tokenizer = load_tokenizer(name, revision)
     model = load_model(name, revision=revision, dtype="fp32")
@@ -143,10 +146,10 @@ def write_proven(
             f"{difference:.3g}, allowed {TOLERANCE * scale:.3g}"
         )
     _check_space(model, output, dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".partial-{output.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         cast_weights(model, dtype)
         save_plain(model, tokenizer, partial)
         _check_file(model, partial)

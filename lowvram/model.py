@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -64,7 +65,7 @@ def locate(name: str, revision: str | None = None, *, weights: bool = False) -> 
             f"model.name: {name!r} is no directory ({Path(name).absolute()} does not exist) "
             "and no model id of the hub (NAME or ORGANISATION/NAME)"
         )
-    with _model_errors(name), _quiet_libraries():
+    with _hub_errors(name), _quiet_libraries():
         return Path(
             snapshot_download(
                 name,
@@ -262,6 +263,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     backend = tokenizer.backend_tokenizer.model
     if type(backend).__name__ == "BPE":
         backend.save(str(directory))  # vocab.json and merges.txt, which older tools want
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"model.name: {name!r} is no directory here ({Path(name).absolute()} does not exist), "
+            "and the hub could not be asked for it or does not have it "
+            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Give a "
+            "directory with config.json and model.safetensors, or connect to the network once"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -27,19 +27,20 @@ from lowvram.data import Batch, Blocks, steps_per_epoch, windows
 from lowvram.errors import DataError
 from lowvram.fit import Fit, fit
 from lowvram.model import context_length, load_config
-from lowvram.recipe import Recipe
+from lowvram.recipe import Recipe, with_overrides
 
 # What may change between the parts of a resumed run: none of it changes what is learned.
 _FREE_KEYS = {
     "train": ("eval_every", "save_every", "log_every", "keep_last", "max_nonfinite_steps"),
     "fit": ("micro_batch_size", "gradient_checkpointing", "vram"),
 }
-_FREE_SECTIONS = ("evaluate", "generate", "output_dir", "output_dtype")
+_FREE_SECTIONS = ("output_dir", "output_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     recipe: Recipe
+    """With the chosen shape in place of what it left to auto."""
     numerics: Numerics
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
@@ -100,7 +101,6 @@ class Plan:
         for section, keys in _FREE_KEYS.items():
             for key in keys:
                 del values[section][key]
-        values["fit"]["max_seq_len"] = self.fit.max_seq_len
         text = json.dumps(values, sort_keys=True)
         return {
             "base": base_sha256,
@@ -175,7 +175,7 @@ def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
         warmup_steps(recipe, total)[1],
     )
     return Plan(
-        recipe=recipe,
+        recipe=_pinned(recipe, chosen),
         numerics=numerics,
         tokenizer=tokenizer,
         corpus=corpus,
@@ -188,6 +188,18 @@ def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
         stride=stride,
         max_new_tokens=new_tokens,
         notes=tuple(note for note in notes if note),
+    )
+
+
+def _pinned(recipe: Recipe, chosen: Fit) -> Recipe:
+    """The recipe with the chosen shape in place of auto."""
+    return with_overrides(
+        recipe,
+        {
+            "fit.micro_batch_size": chosen.micro_batch_size,
+            "fit.max_seq_len": chosen.max_seq_len,
+            "fit.gradient_checkpointing": chosen.gradient_checkpointing,
+        },
     )
 
 

@@ -21,14 +21,14 @@ from lowvram.build import base_of, build
 from lowvram.checkpoint import load_newest, save_checkpoint
 from lowvram.directory import RunDirectory, write_json, write_text
 from lowvram.display import Display, format_seconds
-from lowvram.errors import Interrupted, TrainingError
+from lowvram.errors import DoesNotFit, Interrupted, TrainingError
 from lowvram.generate import Sampling, generate
-from lowvram.memory.measure import format_gib, limit_memory, read_memory, reset_peak
+from lowvram.memory.measure import format_gib, is_out_of_memory, read_memory, reset_peak
 from lowvram.merge import MergeProof, logits_of, merge, write_proven
 from lowvram.model import load_model
 from lowvram.perplexity import PerplexityResult, score
 from lowvram.plan import Plan, plan
-from lowvram.recipe import Recipe, TrainSection, dump_recipe, recipe_sha256, with_overrides
+from lowvram.recipe import Recipe, TrainSection, dump_recipe, recipe_sha256
 from lowvram.report import RunResult, result_table
 from lowvram.train import StepMetrics, TrainState, train
 
@@ -52,10 +52,12 @@ def run(
     display = display or Display()
     started = time.monotonic()
     directory = RunDirectory(recipe.output_dir)
-    directory.check(resume=resume, overwrite=overwrite)
+    inputs = (recipe.model.name, recipe.data.source, recipe.data.validation_source)
+    directory.check(resume=resume, overwrite=overwrite, inputs=_names(*inputs))
     with display.progress("tokenising") as update:
         planned = plan(recipe, lambda done, total: update(done, total, "bytes"))
-    directory.open(resume=resume, overwrite=overwrite)  # a plan that fails leaves the old run
+    if not resume:
+        directory.make_empty()  # a plan that fails leaves the old run
     announce(planned, display)
     job = _start(planned, directory, display, resume=resume)
     _train(job, display)
@@ -63,6 +65,13 @@ def run(
     write_json(directory.result, result.to_json())
     display.show(result_table(result))
     return result
+
+
+def _names(*values: str | tuple[str, ...] | None) -> list[str]:
+    """All names in them, one or several each."""
+    return [
+        name for value in values for name in ((value,) if isinstance(value, str) else value or ())
+    ]
 
 
 def announce(planned: Plan, display: Display) -> None:
@@ -114,15 +123,8 @@ class Job:
 def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: bool) -> Job:
     """Build the state; begin with the base's own figures, or go on from a checkpoint."""
     recipe = planned.recipe
-    if recipe.fit.vram_bytes is not None:
-        limit_memory(planned.numerics.device, recipe.fit.vram_bytes)
     base = base_of(recipe)
-    state = build(
-        recipe,
-        total_steps=planned.total_steps,
-        gradient_checkpointing=planned.fit.gradient_checkpointing,
-        numerics=planned.numerics,
-    )
+    state = build(recipe, total_steps=planned.total_steps, numerics=planned.numerics)
     if recipe.train.chunked_loss and not state.chunked_loss:
         display.warn("train.chunked_loss: this model changes its logits; using its own loss")
     job = Job(
@@ -142,15 +144,6 @@ def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: 
 
 
 def _begin(job: Job, display: Display) -> None:
-    recipe, chosen = job.plan.recipe, job.plan.fit
-    pinned = with_overrides(
-        recipe,
-        {
-            "fit.micro_batch_size": chosen.micro_batch_size,
-            "fit.max_seq_len": chosen.max_seq_len,
-            "fit.gradient_checkpointing": chosen.gradient_checkpointing,
-        },
-    )
     perplexity = _perplexity(job.plan, job.state.model, "base perplexity", display)
     if perplexity is not None:
         display.say(f"base: perplexity {perplexity.perplexity:.3f}")
@@ -163,7 +156,7 @@ def _begin(job: Job, display: Display) -> None:
             )
         ],
     }
-    write_text(job.directory.recipe, dump_recipe(pinned))
+    write_text(job.directory.recipe, dump_recipe(job.plan.recipe))
     write_json(job.directory.start, job.start)
 
 
@@ -175,6 +168,7 @@ def _resume(job: Job, display: Display) -> dict[str, Any]:
         display.warn(note)
     job.saved_step = job.state.step
     job.directory.keep_metrics(job.state.step)
+    write_text(job.directory.recipe, dump_recipe(job.plan.recipe))
     display.say(f"going on from {path}, step {job.state.step}")
     start: dict[str, Any] = json.loads(job.directory.start.read_text(encoding="utf-8"))
     return start
@@ -198,6 +192,28 @@ def _train(job: Job, display: Display) -> None:
         except (Interrupted, TrainingError):
             job.save()  # the weights are those of the last good step
             raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            job.save()
+            raise DoesNotFit(_too_large(job)) from error
+
+
+def _too_large(job: Job) -> str:
+    chosen, recipe = job.plan.fit, job.plan.recipe
+    levers = [
+        f"fit.micro_batch_size below {chosen.micro_batch_size}" * (chosen.micro_batch_size > 1),
+        "fit.gradient_checkpointing: true" * (not chosen.gradient_checkpointing),
+        "train.chunked_loss: true" * (not recipe.train.chunked_loss),
+        f"fit.max_seq_len below {chosen.max_seq_len}",
+        "model.dtype: nf4" * (recipe.method.name != "full" and recipe.model.dtype != "nf4"),
+    ]
+    return (
+        f"out of memory in step {job.state.step + 1}: {chosen.micro_batch_size} sequences of "
+        f"{chosen.max_seq_len} tokens do not fit. The state is saved in "
+        f"{job.directory.checkpoints}; --resume goes on from there, and a smaller micro-batch "
+        "changes nothing else. What helps: " + ", ".join(lever for lever in levers if lever)
+    )
 
 
 def _keep(job: Job, metrics: StepMetrics, display: Display) -> None:
@@ -273,7 +289,7 @@ def _finish(job: Job, display: Display, *, seconds: float) -> RunResult:
     tuned = _samples(planned, merged_model)
     base = job.start["perplexity"]
     return RunResult(
-        output_dir=recipe.output_dir,
+        output_dir=str(job.directory.path),
         perplexity={
             "base": None if base is None else base["perplexity"],
             "adapter": None if adapted is None else adapted.to_json()["perplexity"],

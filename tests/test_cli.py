@@ -906,3 +906,20 @@ def test_the_docstring_of_errors_is_the_table_of_exit_codes() -> None:
     documented = dict(re.findall(r"[├└]── (\w+) +(\d+) ", errors.__doc__ or ""))
 
     assert documented == {k.__name__: str(k.exit_code) for k in LowVRAMError.__subclasses__()}
+
+
+def test_a_file_of_prompts_is_read_as_data_are(finished: Path, tmp_path: Path) -> None:
+    """No byte-order mark, no blank prompts, and a form feed ends no line."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffThe quick\r\n\nbrown\x0cfox\n".encode())
+
+    result = invoke("generate", finished, "--file", tmp_path / "prompts.txt", "--json", *GREEDY)
+
+    prompts = [json.loads(line)["prompt"] for line in result.stdout.splitlines()]
+    assert prompts == ["The quick", "brown\x0cfox"]
+
+
+def test_a_small_model_generates_with_the_defaults(finished: Path) -> None:
+    """64 positions have no room for 64 new tokens: half of them is the default then."""
+    result = invoke("generate", finished, "--prompt", "The quick", "--json", "--temperature", 0)
+
+    assert 1 <= json.loads(result.stdout)["tokens"] <= 32

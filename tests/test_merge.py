@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_gpt2, make_tokenizer, save
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
@@ -656,14 +656,43 @@ def test_an_adapter_of_peft_itself_merges(gpt2_dir: Path, tmp_path: Path) -> Non
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("target", ["wte", "lm_head"])
-def test_an_adapter_on_a_tied_weight_fails_its_proof(
+def test_an_adapter_on_a_tied_weight_is_refused(
     gpt2_dir: Path, tmp_path: Path, target: str
 ) -> None:
     """T15: what cannot be merged right is not merged."""
     directory = foreign(gpt2_dir, tmp_path / "adapter", target_modules=[target])
 
-    with pytest.raises(ProofError):
+    with pytest.raises(ModelError, match="changes an embedding or the output head"):
         merge(directory, tmp_path / "out")
+
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("module", ["wte", "lm_head"])
+def test_a_saved_copy_of_a_tied_weight_is_refused(
+    gpt2_dir: Path, tmp_path: Path, module: str
+) -> None:
+    """T15: it would untie the checkpoint, and nothing would say so."""
+    settings = {"target_modules": ["c_fc"], "modules_to_save": [module], "fan_in_fan_out": True}
+    directory = foreign(gpt2_dir, tmp_path / "adapter", **settings)
+
+    with pytest.raises(ModelError, match="changes an embedding or the output head"):
+        merge(directory, tmp_path / "out")
+
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_learned_prompt_is_refused(gpt2_dir: Path, tmp_path: Path) -> None:
+    """It is no layer: scored without it, the base would pass for the adapter."""
+    base = GPT2LMHeadModel.from_pretrained(gpt2_dir)
+    prompt = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    prompt.save_pretrained(tmp_path / "adapter")
+
+    with pytest.raises(ModelError, match="is a learned prompt, not layers"):
+        merge(tmp_path / "adapter", tmp_path / "out", base=str(gpt2_dir))
 
     assert left_over(tmp_path) == []
 
@@ -712,6 +741,13 @@ def test_a_disk_that_fills_up_leaves_nothing(
     with pytest.raises(CheckpointError, match="out: cannot be written: .*No space left on device"):
         merge(adapter, tmp_path / "out")
     assert left_over(tmp_path) == []
+
+
+def test_an_output_below_a_file_cannot_be_written(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(CheckpointError, match="out: cannot be written: "):
+        merge(adapter, tmp_path / "file" / "out")
 
 
 def test_missing_directories_above_are_made(adapter: Path, tmp_path: Path) -> None:

@@ -132,10 +132,10 @@ def test_a_hub_id_without_network_says_what_to_do(load: Callable[[str], Any]) ->
         load("some-organisation/some-model")
 
     message = str(error.value)
-    assert message.startswith("model.name: cannot load 'some-organisation/some-model': ")
+    assert message.startswith("model.name: 'some-organisation/some-model' is no directory here (")
+    assert "and the hub could not be asked for it or does not have it" in message
     assert message.endswith(
-        ". Give a directory with config.json and model.safetensors, or a model id of the hub "
-        "(which needs a network connection the first time)"
+        "). Give a directory with config.json and model.safetensors, or connect to the network once"
     )
 
 

@@ -392,7 +392,7 @@ def test_the_recipe_of_a_run_loads_back_and_pins_the_shape(make_recipe: MakeReci
         "vram": "auto",
     }
     assert loaded.model_copy(update={"fit": recipe.fit}) == recipe
-    assert result.recipe_sha256 == recipe_sha256(recipe)
+    assert result.recipe_sha256 == recipe_sha256(loaded)
     assert result.fit["gradient_accumulation_steps"] == 1
 
 
@@ -504,13 +504,28 @@ def test_an_output_directory_that_cannot_be(make_recipe: MakeRecipe, tmp_path: P
     )
 
 
+def test_an_output_directory_below_home(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As model.name and data.source have it; not a directory with the name ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+
+    result = go(make_recipe(output_dir="~/run"))
+
+    assert result.output_dir == str(tmp_path / "home" / "run")
+    assert (tmp_path / "home" / "run" / "merged" / "model.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_overwriting_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "merged").symlink_to(tmp_path / "elsewhere")
 
-    RunDirectory(tmp_path / "run").open(resume=False, overwrite=True)
+    RunDirectory(tmp_path / "run").make_empty()
 
     assert not (tmp_path / "run" / "merged").exists()
     assert (tmp_path / "elsewhere" / "precious").exists()

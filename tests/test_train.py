@@ -29,6 +29,7 @@ from lowvram.errors import DeviceError, TrainingError
 from lowvram.loss import decoder, token_loss
 from lowvram.optimizers import learning_rate_at, make_optimizer
 from lowvram.plan import plan
+from lowvram.recipe import with_overrides
 from lowvram.train import StepMetrics, TrainState, train, train_step
 
 # As attributes of the package these are the functions.
@@ -155,13 +156,13 @@ def gradients_at_steps(state: TrainState) -> Iterator[list[Gradients]]:
 
 
 @contextmanager
-def poisoned(model: nn.Module, *steps: int, everythingof: int = 1) -> Iterator[None]:
-    """The forward passes of these windows (counted from 0) give NaN."""
+def poisoned(model: nn.Module, *numbers: int) -> Iterator[None]:
+    """These forward passes (counted from 0) give NaN."""
     passes = 0
 
     def poison(module: nn.Module, inputs: Any, output: Any) -> Any:
         nonlocal passes
-        if passes // everythingof in steps:
+        if passes in numbers:
             output.last_hidden_state = output.last_hidden_state * math.nan
         passes += 1
         return output
@@ -362,7 +363,7 @@ def test_what_is_left_of_an_epoch_is_a_step_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw8bit"])
-def test_everythingwithout_a_target_are_skipped(optimizer: str) -> None:
+def test_windows_without_a_target_are_skipped(optimizer: str) -> None:
     """No NaN of 0 / 0, no weight decay, no moment that moves on."""
     state = make_state(optimizer=optimizer, learning_rate=1e-2)
     (window,) = make_windows([9, 7], micro=2, batch=2)
@@ -399,7 +400,8 @@ def test_packed_documents_do_not_see_each_other(
     """Hidden states of a step, and in evaluation mode, through the head: 1e-4 of each alone."""
     directory = request.getfixturevalue(f"{architecture}_dir")
     recipe = make_recipe(**{"model.name": str(directory), "model.attention": attention})
-    state = build(recipe, total_steps=1, gradient_checkpointing=checkpointing)
+    recipe = with_overrides(recipe, {"fit.gradient_checkpointing": checkpointing})
+    state = build(recipe, total_steps=1)
     randomise_adapters(state.model)
     state.learning_rate = lambda step: 0.0
     model = plain_model(state.model)
@@ -861,7 +863,8 @@ def test_checkpointing_changes_nothing(
     (window,) = make_windows([30, 20, 9, 12, 17, 4], micro=2, batch=6, packing=True)
     losses, gradients, passes = [], [], []
     for checkpointing in (False, True):
-        state = build(recipe, total_steps=3, gradient_checkpointing=checkpointing)
+        recipe = with_overrides(recipe, {"fit.gradient_checkpointing": checkpointing})
+        state = build(recipe, total_steps=3)
         randomise_adapters(state.model)
         block = plain_model(state.model).transformer.h[0].attn
         runs = []

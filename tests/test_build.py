@@ -1,0 +1,55 @@
+"""Settings meet constructors: what a recipe says is what is built."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.build import build, choose_device
+from lowvram.errors import DataError
+from lowvram.plan import plan
+from lowvram.recipe import load_recipe, recipe_sha256
+
+
+def test_a_plan_pins_the_shape_and_build_reads_it(make_recipe: Any) -> None:
+    """What `run` trains is what the two functions give by themselves."""
+    recipe = make_recipe(**{"fit.gradient_checkpointing": True})
+    planned = plan(recipe)
+    assert planned.recipe.fit.micro_batch_size == planned.fit.micro_batch_size == 4
+    assert planned.recipe.fit.max_seq_len == planned.fit.max_seq_len == 64
+    state = build(planned.recipe, total_steps=planned.total_steps)
+    assert any(getattr(m, "gradient_checkpointing", False) for m in state.model.modules())
+
+
+def test_the_memory_limit_is_set_where_the_model_is_built(
+    make_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    module = sys.modules["lowvram.build"]  # the attribute of the package is the function
+    monkeypatch.setattr(module, "limit_memory", lambda *given: asked.append(given))
+    build(make_recipe(**{"fit.vram": "10GiB"}), total_steps=1)
+    assert asked == [(torch.device("cpu"), 10 * 2**30)]
+
+
+def test_a_card_is_named_with_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's set_per_process_memory_fraction refuses a device without one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    assert choose_device() == torch.device("cuda", 0)
+
+
+def test_loss_on_the_completion_needs_prompts(make_recipe: Any) -> None:
+    with pytest.raises(DataError, match="data.loss_on: completion, but no document has a prompt"):
+        plan(make_recipe(**{"data.loss_on": "completion"}))
+
+
+def test_the_hash_of_a_plan_is_that_of_its_file(make_recipe: Any, tmp_path: Any) -> None:
+    from lowvram.recipe import dump_recipe
+
+    planned = plan(make_recipe())
+    (tmp_path / "pinned.yaml").write_text(dump_recipe(planned.recipe), encoding="utf-8")
+    found = load_recipe(str(tmp_path / "pinned.yaml"))
+    assert recipe_sha256(found) == recipe_sha256(planned.recipe)

@@ -1,0 +1,83 @@
+"""Reading memory, and knowing when it is full."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.checkpoint import list_checkpoints
+from lowvram.directory import RunDirectory
+from lowvram.display import Display
+from lowvram.errors import DoesNotFit
+from lowvram.memory.measure import format_gib, is_out_of_memory, read_memory
+from lowvram.run import run
+from lowvram.train import _accumulate
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors ...", 2),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("Error 2: out of memory at line 380 in file /src/csrc/pythonInterface.cpp"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+OTHER = [
+    IndexError("index out of range in self"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    KeyboardInterrupt(),
+    ValueError("CUDA out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+def test_these_say_that_memory_is_full(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHER, ids=repr)
+def test_these_do_not(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_sizes_are_in_powers_of_two() -> None:
+    assert format_gib(12 * 2**30) == "12.00 GiB"
+    assert format_gib(3 * 2**20) == "3.0 MiB"
+
+
+def test_a_cpu_process_has_a_resident_size() -> None:
+    reading = read_memory(torch.device("cpu"))
+    assert 2**25 < reading.now_bytes <= reading.peak_bytes
+
+
+def test_a_full_memory_saves_and_names_what_helps(
+    make_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step fails: two steps are in the checkpoint, and a resumed run ends well."""
+
+    recipe = make_recipe(**{"train.max_steps": 4, "fit.micro_batch_size": 2})
+    real, fail = _accumulate, {"at": 2}
+
+    def accumulate(state: Any, window: Any, target_tokens: int) -> float:
+        if state.step == fail["at"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(state, window, target_tokens)
+
+    monkeypatch.setattr(sys.modules["lowvram.train"], "_accumulate", accumulate)
+    with pytest.raises(DoesNotFit) as caught:
+        run(recipe, display=Display(quiet=True))
+    text = str(caught.value)
+    assert text.startswith("out of memory in step 3: 2 sequences of 64 tokens do not fit. ")
+    for lever in ("fit.micro_batch_size below 2", "fit.gradient_checkpointing: true", "--resume"):
+        assert lever in text
+    checkpoints = list_checkpoints(RunDirectory(recipe.output_dir).checkpoints)
+    assert [path.name for path in checkpoints] == ["step-00000002"]
+    fail["at"] = -1
+    assert run(recipe, resume=True, display=Display(quiet=True)).steps == 4
