@@ -212,7 +212,7 @@ def test_adapters_are_fp32_and_alone_in_being_trained(gpt2_dir: Path, dtype: Any
     "targets", [["q_proj"], ["c_attn", "q_proj"], ["ln_1"], ["attn"], ["c_att"]]
 )
 def test_targets_that_are_no_linear_layers_are_refused(targets: list[str]) -> None:
-    """T40: and the layers that there are, are named."""
+    """And the layers that there are, are named."""
     with pytest.raises(ModelError) as error:
         add_adapter(make_gpt2(), Adapter(target_modules=targets))
 
@@ -239,7 +239,7 @@ def test_targets_that_are_no_linear_layers_are_refused(targets: list[str]) -> No
 def test_embeddings_and_heads_are_refused(
     make: Callable[[], Any], target: str, choices: str
 ) -> None:
-    """T15: peft takes them, and merges them to another model without a word."""
+    """Peft takes them, and merges them to another model without a word."""
     with pytest.raises(ModelError) as error:
         add_adapter(make(), Adapter(target_modules=[target]))
 
@@ -442,7 +442,7 @@ def test_an_adapter_directory_is_a_standard_one(gpt2_dir: Path, tmp_path: Path) 
 def test_the_hub_is_never_asked(
     gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T18 (h): peft's way to decide whether to save embeddings is to look at the hub."""
+    """Peft's way to decide whether to save embeddings is to look at the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     asked: list[Any] = []

@@ -102,7 +102,7 @@ def updates(directory: Path, scale: float) -> dict[str, torch.Tensor]:
 def test_merged_is_base_plus_update(
     gpt2_dir: Path, tmp_path: Path, targets: Any, layers: int, settings: Any, scale: float
 ) -> None:
-    """T16, in float64 by hand, to 1e-6; attn.c_proj is square and hides a missing transpose."""
+    """In float64 by hand, to 1e-6; attn.c_proj is square and hides a missing transpose."""
     adapter = Adapter(rank=4, target_modules=targets, **settings)
     directory = make_adapter(gpt2_dir, tmp_path / "adapter", adapter)
 
@@ -157,7 +157,7 @@ def test_trained_biases_are_merged_too(gpt2_dir: Path, tmp_path: Path) -> None:
 def test_the_base_of_a_merge_is_the_file_whatever_it_was_in_training(
     gpt2_dir: Path, tmp_path: Path, dtype: Any
 ) -> None:
-    """T17: a merge into the 16-bit or quantised base would round everything."""
+    """A merge into the 16-bit or quantised base would round everything."""
     directory = make_adapter(gpt2_dir, tmp_path / "adapter", dtype=dtype)
 
     merge(directory, tmp_path / "out")
@@ -303,7 +303,7 @@ print(json.dumps(found))
 def test_others_load_it_without_peft_or_lowvram(
     gpt2_dir: Path, llama_dir: Path, tmp_path: Path
 ) -> None:
-    """T18: nothing missing, unexpected or mismatched, and logits within 1e-4 of the live ones."""
+    """Nothing missing, unexpected or mismatched, and logits within 1e-4 of the live ones."""
     outputs, live = [], {}
     for name, base in (("gpt2", gpt2_dir), ("llama", llama_dir)):
         everything = Adapter(rank=4, alpha=10, target_modules="all-linear")
@@ -387,7 +387,7 @@ def test_an_untied_head_stays(llama_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_with_a_pad_token_adds_no_row(tmp_path: Path) -> None:
-    """T18 (e): the vocabulary stays as it is."""
+    """The vocabulary stays as it is."""
     base = save(make_gpt2(), tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.eos_token
@@ -659,7 +659,7 @@ def test_an_adapter_of_peft_itself_merges(gpt2_dir: Path, tmp_path: Path) -> Non
 def test_an_adapter_on_a_tied_weight_is_refused(
     gpt2_dir: Path, tmp_path: Path, target: str
 ) -> None:
-    """T15: what cannot be merged right is not merged."""
+    """What cannot be merged right is not merged."""
     directory = foreign(gpt2_dir, tmp_path / "adapter", target_modules=[target])
 
     with pytest.raises(ModelError, match="changes an embedding or the output head"):
@@ -674,7 +674,7 @@ def test_an_adapter_on_a_tied_weight_is_refused(
 def test_a_saved_copy_of_a_tied_weight_is_refused(
     gpt2_dir: Path, tmp_path: Path, module: str
 ) -> None:
-    """T15: it would untie the checkpoint, and nothing would say so."""
+    """It would untie the checkpoint, and nothing would say so."""
     settings = {"target_modules": ["c_fc"], "modules_to_save": [module], "fan_in_fan_out": True}
     directory = foreign(gpt2_dir, tmp_path / "adapter", **settings)
 

@@ -239,7 +239,7 @@ def test_missing_tensors_are_refused(copy: Path) -> None:
 
 
 def test_a_checkpoint_with_unmerged_adapters_is_refused(copy: Path) -> None:
-    """T18: the names that peft gives to what is below an adapter."""
+    """The names that peft gives to what is below an adapter."""
 
     def rename(tensors: dict[str, torch.Tensor]) -> None:
         name = "transformer.h.0.attn.c_attn"
@@ -349,7 +349,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(llama_dir: Path, tmp_path: P
 
 
 def test_a_half_precision_checkpoint_loads_as_asked(tmp_path: Path) -> None:
-    """T19: transformers would keep the dtype of the file."""
+    """Transformers would keep the dtype of the file."""
     original = make_gpt2().half()
     directory = str(save(original, tmp_path / "half"))
     expected = {name: tensor.float() for name, tensor in original.state_dict().items()}
