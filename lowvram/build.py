@@ -77,10 +77,20 @@ def choose_numerics(recipe: Recipe, device: torch.device | None = None) -> Numer
             "method.name: dora on a base in int8 needs a card, since on a CPU its layers lose "
             "their scales; set model.dtype: nf4 or fp32, or method.name: lora"
         )
+    _check_formats(dtype, precision)
     if device.type == "cpu" and dtype in ("bf16", "fp16") and not has_fast_16_bit(dtype):
         notes += (f"model.dtype {dtype}: this CPU has no {dtype} arithmetic; the base is fp32",)
         dtype = "fp32"
     return Numerics(device=device, precision=precision, base_dtype=dtype, notes=notes)
+
+
+def _check_formats(dtype: str, precision: str) -> None:
+    """fp16 needs autocast's fp32 islands and a loss scale; the two 16-bit formats do not mix."""
+    if (dtype, precision) in (("bf16", "fp16"), ("fp16", "bf16")):
+        raise RecipeError(
+            f"model.dtype: found {dtype} with train.precision {precision}; choose one of the two "
+            "formats for both, or model.dtype: auto"
+        )
 
 
 def _precision(wanted: str, device: torch.device) -> tuple[Precision, tuple[str, ...]]:

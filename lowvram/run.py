@@ -21,7 +21,7 @@ from lowvram.build import base_of, build
 from lowvram.checkpoint import load_newest, save_checkpoint
 from lowvram.directory import RunDirectory, write_json, write_text
 from lowvram.display import Display, format_seconds
-from lowvram.errors import DoesNotFit, Interrupted, TrainingError
+from lowvram.errors import DoesNotFit, Interrupted, ModelError, TrainingError
 from lowvram.generate import Sampling, generate
 from lowvram.memory.measure import format_gib, is_out_of_memory, read_memory, reset_peak
 from lowvram.merge import MergeProof, logits_of, merge, write_proven
@@ -220,13 +220,22 @@ def _keep(job: Job, metrics: StepMetrics, display: Display) -> None:
     """Record the step; evaluate and save when that is due."""
     record, last = metrics.to_json(), metrics.step == job.plan.total_steps
     if not last and _due(metrics.step, job.settings.eval_every):
-        found = _perplexity(job.plan, job.state.model, "evaluation", Display(quiet=True))
+        found = _perplexity_or_note(job, display)
         if found is not None:
             record["validation_perplexity"] = found.to_json()["perplexity"]
             display.say(f"step {metrics.step}: perplexity {found.perplexity:.3f}")
     job.directory.append_metrics(record)
     if last or _due(metrics.step, job.settings.save_every):
         job.save()
+
+
+def _perplexity_or_note(job: Job, display: Display) -> PerplexityResult | None:
+    """A model that gives NaN is for the training loop to judge, not for an evaluation in passing."""
+    try:
+        return _perplexity(job.plan, job.state.model, "evaluation", Display(quiet=True))
+    except ModelError as error:
+        display.warn(str(error))
+        return None
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.build import build, choose_device
-from lowvram.errors import DataError
+import lowvram.run  # noqa: F401 - its module is patched below
+from lowvram.build import build, choose_device, choose_numerics
+from lowvram.display import Display
+from lowvram.errors import DataError, ModelError, RecipeError
 from lowvram.plan import plan
 from lowvram.recipe import load_recipe, recipe_sha256
 
@@ -39,6 +41,32 @@ def test_a_card_is_named_with_its_index(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     assert choose_device() == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bf16", "fp16"), ("fp16", "bf16")])
+def test_the_two_sixteen_bit_formats_do_not_mix(
+    make_recipe: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, precision: str
+) -> None:
+    monkeypatch.setattr(sys.modules["lowvram.build"], "has_fast_16_bit", lambda _: True)
+    recipe = make_recipe(**{"model.dtype": dtype, "train.precision": precision})
+    with pytest.raises(RecipeError, match=f"found {dtype} with train.precision {precision}"):
+        choose_numerics(recipe, torch.device("cpu"))
+
+
+def test_an_evaluation_in_passing_does_not_end_a_run(
+    make_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["lowvram.run"]
+    real = module._perplexity
+
+    def perplexity(planned: Any, model: Any, title: str, display: Any) -> Any:
+        if title == "evaluation":
+            raise ModelError("perplexity: the model gives NaN")
+        return real(planned, model, title, display)
+
+    monkeypatch.setattr(module, "_perplexity", perplexity)
+    recipe = make_recipe(**{"train.eval_every": 1})
+    assert module.run(recipe, display=Display(quiet=True)).steps == 3
 
 
 def test_loss_on_the_completion_needs_prompts(make_recipe: Any) -> None:
