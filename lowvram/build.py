@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowvram.adapters import Adapter, Base, add_adapter, plain_model
 from lowvram.data import Blocks, Source, TokenStore, pack, split_documents, tokenize
-from lowvram.errors import DataError, DeviceError, ModelError
+from lowvram.errors import DataError, DeviceError, ModelError, RecipeError
 from lowvram.loss import head_is_plain
 from lowvram.memory.measure import compute_capability, has_fast_16_bit, limit_memory
 from lowvram.model import (
@@ -85,7 +85,7 @@ def choose_numerics(recipe: Recipe, device: torch.device | None = None) -> Numer
 
 
 def _check_formats(dtype: str, precision: str) -> None:
-    """fp16 needs autocast's fp32 islands and a loss scale; the two 16-bit formats do not mix."""
+    """A bf16 weight and an fp16 activation have no product."""
     if (dtype, precision) in (("bf16", "fp16"), ("fp16", "bf16")):
         raise RecipeError(
             f"model.dtype: found {dtype} with train.precision {precision}; choose one of the two "

@@ -230,7 +230,7 @@ def _keep(job: Job, metrics: StepMetrics, display: Display) -> None:
 
 
 def _perplexity_or_note(job: Job, display: Display) -> PerplexityResult | None:
-    """A model that gives NaN is for the training loop to judge, not for an evaluation in passing."""
+    """NaN is for the training loop to judge: it may skip a few steps and go on."""
     try:
         return _perplexity(job.plan, job.state.model, "evaluation", Display(quiet=True))
     except ModelError as error:
