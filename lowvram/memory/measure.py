@@ -89,8 +89,8 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 def has_fast_16_bit(dtype: str) -> bool:
     """Whether this CPU multiplies matrices in `dtype` (bf16 or fp16) with instructions of its own.
 
-    Where it has none, torch converts element by element: measured on an AVX2 machine, bf16
-    products ran at 1 to 10 GFLOP/s where fp32 ran at 115.
+    Where it has none, torch converts as it goes: on an AVX2 machine, a product of 512 x 768 with
+    768 x 8000 took 0.6 s in bf16, and 7.7 s with the second matrix transposed; in fp32 0.11 s.
     """
     supported = {
         "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
