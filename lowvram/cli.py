@@ -79,7 +79,7 @@ def run(
     from lowvram.run import announce
     from lowvram.run import run as run_recipe
 
-    display = Display(quiet=quiet)
+    display = Display(quiet=quiet and not dry_run)
     if dry_run:
         click.echo()
         announce(plan(loaded), display)

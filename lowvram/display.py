@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+_PLAIN_WIDTH = 120
 _PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
 Update = Callable[[int, int | None, str], None]
@@ -22,6 +23,8 @@ class Display:
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        if console is None and not self.console.is_terminal:
+            self.console.width = _PLAIN_WIDTH  # a file has no edge to fold paths at
         self.quiet = quiet
 
     def say(self, text: str) -> None:

@@ -56,12 +56,10 @@ def run(
     directory.check(resume=resume, overwrite=overwrite, inputs=_names(*inputs))
     with display.progress("tokenising") as update:
         planned = plan(recipe, lambda done, total: update(done, total, "bytes"))
-    if not resume:
-        directory.make_empty()  # a plan that fails leaves the old run
     announce(planned, display)
     job = _start(planned, directory, display, resume=resume)
     _train(job, display)
-    result = _finish(job, display, seconds=time.monotonic() - started)
+    result = _finish(job, display, started=started)
     write_json(directory.result, result.to_json())
     display.show(result_table(result))
     return result
@@ -125,6 +123,8 @@ def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: 
     recipe = planned.recipe
     base = base_of(recipe)
     state = build(recipe, total_steps=planned.total_steps, numerics=planned.numerics)
+    if not resume:
+        directory.make_empty()  # now: what cannot be planned or built leaves the old run alone
     if recipe.train.chunked_loss and not state.chunked_loss:
         display.warn("train.chunked_loss: this model changes its logits; using its own loss")
     job = Job(
@@ -277,7 +277,7 @@ def _interrupts() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _finish(job: Job, display: Display, *, seconds: float) -> RunResult:
+def _finish(job: Job, display: Display, *, started: float) -> RunResult:
     """Everything after the last step; the training state is given up on the way."""
     recipe, planned, state = job.plan.recipe, job.plan, job.state
     measured = read_memory(job.device).peak_bytes
@@ -330,7 +330,7 @@ def _finish(job: Job, display: Display, *, seconds: float) -> RunResult:
             for sample, text in zip(job.start["samples"], tuned, strict=True)
         ],
         recipe_sha256=recipe_sha256(recipe),
-        seconds=seconds,
+        seconds=time.monotonic() - started,
         notes=list(planned.notes),
     )
 
