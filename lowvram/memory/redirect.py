@@ -1,0 +1,259 @@
+"""While a simulation runs, what names CUDA in PyTorch means the simulated device.
+
+Code that trains on a card says `torch.autocast("cuda")`, `GradScaler()`, `model.cuda()` or
+`torch.cuda.empty_cache()`. All of it is put back when the simulation ends, random states included.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import DefaultDeviceType
+
+from lowvram.memory import autocast
+from lowvram.memory.device import NAME, empty_storage, simulated_device
+
+_aten: Any = torch.ops.aten
+
+
+class Gauges(Protocol):
+    """What `torch.cuda` can be asked about memory, in bytes."""
+
+    total_bytes: int
+    compute_capability: tuple[int, int]
+
+    @property
+    def allocated_bytes(self) -> int: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    @property
+    def peak_allocated_bytes(self) -> int: ...
+    @property
+    def peak_reserved_bytes(self) -> int: ...
+    def empty_cache(self) -> None: ...
+    def reset_peaks(self) -> None: ...
+
+
+@contextmanager
+def redirected(gauges: Gauges) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(_random_states())
+        stack.enter_context(_defaults())
+        for owner, names in _replacements(gauges).items():
+            for name, value in names.items():
+                stack.enter_context(_replaced(owner, name, value))
+        stack.callback(autocast.clear_copies)
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = name in vars(owner)  # what is inherited comes back by itself
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
+        if numpy:
+            numpy.random.set_state(states[2])
+
+
+@contextmanager
+def _defaults() -> Iterator[None]:
+    """Defaults that code sets for its process, or that torch remembers."""
+    checkpoint_device = DefaultDeviceType._default_device_type
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    try:
+        yield
+    finally:
+        DefaultDeviceType._default_device_type = checkpoint_device
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+        torch.set_autocast_enabled(NAME, False)
+
+
+def _replacements(gauges: Gauges) -> dict[Any, dict[str, Any]]:
+    device = simulated_device()
+
+    def reading(name: str) -> Callable[..., Any]:
+        return lambda *_, **__: getattr(gauges, name)
+
+    cuda = {
+        "memory_allocated": reading("allocated_bytes"),
+        "memory_reserved": reading("reserved_bytes"),
+        "max_memory_allocated": reading("peak_allocated_bytes"),
+        "max_memory_reserved": reading("peak_reserved_bytes"),
+        "reset_peak_memory_stats": lambda *_: gauges.reset_peaks(),
+        "empty_cache": lambda: gauges.empty_cache(),
+        "mem_get_info": lambda *_: (
+            gauges.total_bytes - gauges.reserved_bytes,
+            gauges.total_bytes,
+        ),
+        "synchronize": lambda *_: None,
+        "get_device_capability": reading("compute_capability"),
+        "is_bf16_supported": lambda *_, **__: gauges.compute_capability >= (8, 0),
+    }
+    return {
+        torch: {
+            "clear_autocast_cache": _clears_copies_too(torch.clear_autocast_cache),
+            "is_autocast_enabled": _on_device(torch.is_autocast_enabled),
+            "get_autocast_dtype": _on_device(torch.get_autocast_dtype),
+            "set_autocast_enabled": _on_device(torch.set_autocast_enabled),
+            "set_autocast_dtype": _on_device(torch.set_autocast_dtype),
+            "Generator": _generator_class(),
+            "_has_compatible_shallow_copy_type": lambda *_: True,
+        },
+        torch.autocast: {"__init__": _autocast(torch.autocast.__init__)},
+        torch.amp.GradScaler: {"__init__": _scaler(torch.amp.GradScaler.__init__)},
+        Tensor: {
+            "data": property(_TENSOR_DATA.__get__, _set_data),
+            "cuda": lambda self, *_, **__: self.to(device),
+            "pin_memory": lambda self, *_: self,
+            "is_pinned": lambda self, *_: False,
+        },
+        torch.UntypedStorage: {"clone": _clone_storage},
+        nn.Module: {"cuda": lambda self, *_: self.to(device)},
+        torch.cuda: cuda,
+        torch.cuda.memory: {name: cuda[name] for name in cuda if hasattr(torch.cuda.memory, name)},
+    }
+
+
+def _set_data(self: Tensor, value: Tensor) -> None:
+    """`tensor.data = value`, which torch does not do between a CPU and a device unknown to it.
+
+    It is how modules move, with everything that refers to a parameter still referring to it.
+    """
+    if (self.device.type == NAME) == (value.device.type == NAME):
+        _TENSOR_DATA.__set__(self, value)
+        return
+    moved = value.detach().requires_grad_(self.requires_grad)
+    torch._C._swap_tensor_impl(self, moved)
+
+
+_TENSOR_DATA: Any = Tensor.data
+
+
+def _clone_storage(self: torch.UntypedStorage) -> torch.UntypedStorage:
+    """What a deep copy of a tensor does."""
+    if self.device.type == NAME:
+        return empty_storage(self.nbytes())
+    return type(self)(self.nbytes(), device=self.device).copy_(self, False)
+
+
+def _own_name(device_type: Any) -> Any:
+    if isinstance(device_type, torch.device):
+        device_type = device_type.type
+    return NAME if device_type == "cuda" else device_type
+
+
+def _clears_copies_too(function: Callable[[], None]) -> Callable[[], None]:
+    def clear_autocast_cache() -> None:
+        function()
+        autocast.clear_copies()
+
+    return clear_autocast_cache
+
+
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of autocast's switches; those without a device type are CUDA's."""
+
+    def switch(*args: Any) -> Any:
+        if not args or isinstance(args[0], bool | torch.dtype):
+            return function(NAME, *args)
+        return function(_own_name(args[0]), *args[1:])
+
+    return switch
+
+
+def _autocast(init: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        init(self, _own_name(device_type), *args, **kwargs)
+
+    return __init__
+
+
+def _scaler(init: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
+        init(self, _own_name(device), *args, **kwargs)
+
+    return __init__
+
+
+def _generator_class() -> type:
+    """Generators of the simulated device draw nothing, so the CPU's do."""
+    original = torch.Generator
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, original)
+
+        def __call__(cls, device: Any = "cpu") -> torch.Generator:
+            on_device = torch.device(device).type in ("cuda", NAME)
+            return original(device="cpu" if on_device else device)
+
+    return Meta("Generator", (), {})
+
+
+class LazyInitialization(TorchDispatchMode):
+    """Large weights on the CPU are not drawn: nobody reads them, and untouched pages are free."""
+
+    LARGE = 1 << 18  # elements
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            weight = args[0]
+            large = weight.is_floating_point() and weight.numel() >= self.LARGE
+            if large and weight.device.type == "cpu":
+                return weight
+        elif func in _RANDOM_FACTORIES and torch.Size(args[0]).numel() >= self.LARGE:
+            kwargs.pop("generator", None)
+            return torch.empty(args[0], **kwargs)
+        return func(*args, **kwargs)
+
+
+_DRAWS = {
+    _aten.normal_.default,
+    _aten.uniform_.default,
+    _aten.erfinv_.default,
+    _aten.clamp_.default,
+    _aten.mul_.Scalar,
+    _aten.add_.Scalar,
+}
+_RANDOM_FACTORIES = {
+    _aten.randn.default,
+    _aten.randn.generator,
+    _aten.rand.default,
+    _aten.rand.generator,
+}

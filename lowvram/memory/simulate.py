@@ -1,0 +1,366 @@
+"""`simulate`: run real training code on the simulated device and account for every byte."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from lowvram.memory.allocator import CachingAllocator, OutOfMemory
+from lowvram.memory.cards import Card
+from lowvram.memory.device import listen, simulated_device, tensors_in
+from lowvram.memory.kernels import (
+    NOTHING,
+    Target,
+    lt_workspace_bytes,
+    replay,
+    scratch,
+    workspace_bytes,
+)
+from lowvram.memory.modules import Modules
+from lowvram.memory.redirect import LazyInitialization, redirected
+from lowvram.memory.trace import Block, Category, MemoryTrace, Phase, Shortage, Step
+
+State = TypeVar("State")
+
+_C: Any = torch._C
+_UNLIMITED = 1 << 40
+_USES_CUBLAS = {
+    f"aten::{name}"
+    for name in (
+        "mm addmm _addmm_activation bmm baddbmm addbmm addmv addmv_ mv dot vdot _int_mm _scaled_mm"
+    ).split()
+}
+
+
+_USES_CUBLAS_LT = {"aten::addmm", "aten::_addmm_activation"}
+
+
+def simulate(
+    build: Callable[[torch.device], State],
+    step: Callable[[State], Any],
+    *,
+    steps: int = 3,
+    card: Card | None = None,
+    torch_version: tuple[int, int] | None = None,
+) -> MemoryTrace:
+    """The memory that `build(device)` and then `steps` times `step(state)` take on `card`.
+
+    `build` makes whatever the code makes, on the device that it is given, and returns it; `step`
+    takes one optimizer step. Three steps at least show the peak: the optimizer's states come into
+    being at the end of the first, and the second is where they first meet the activations.
+
+    With a card, its budget limits what can be reserved: running out of it ends the simulation,
+    and is told in the trace. Without one there is no limit, and the kernels are those of the
+    RTX 40 series. `torch_version` is that of the CUDA kernels, which take temporaries of their
+    own; the Python code is that of the torch installed. What `step` and `build` raise otherwise
+    goes through to the caller.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: found {steps}, allowed 1 or more")
+    device = simulated_device()
+    tracer = Tracer(card, torch_version)
+    with ExitStack() as stack:
+        stack.enter_context(redirected(tracer))
+        stack.enter_context(listen(tracer))
+        stack.enter_context(tracer.watching())
+        try:
+            with LazyInitialization(), tracer.building():
+                state = build(device)
+            for _ in range(steps):
+                with tracer.step():
+                    step(state)
+        except torch.OutOfMemoryError:
+            if tracer.shortage is None:
+                raise
+        tracer.close()
+    return tracer.trace()
+
+
+class _Ref(weakref.ref[torch.UntypedStorage]):
+    __slots__ = ("address",)
+    address: int
+
+
+class Tracer:
+    """Turns what the device tells into allocator events, and remembers them."""
+
+    def __init__(self, card: Card | None, torch_version: tuple[int, int] | None = None) -> None:
+        self.card = card
+        self.target = target_of(card, torch_version)
+        self.total_bytes = _UNLIMITED if card is None else card.budget()
+        self.compute_capability = self.target.compute_capability
+        self.shortage: Shortage | None = None
+        self._allocator = CachingAllocator(
+            None if card is None else self.total_bytes, on_segment=self._on_segment
+        )
+        self._blocks: list[Block] = []
+        self._events: list[tuple[Any, ...]] = []
+        self._allocated, self._reserved = array("q"), array("q")
+        self._turns: list[int] = []
+        self._steps: list[Step] = []
+        self._live: dict[int, int] = {}  # block numbers by address
+        self._refs: dict[int, _Ref] = {}
+        self._workspaces: set[int] = set()  # threads that have a cuBLAS handle
+        self._op = ""
+        self._scratch = NOTHING
+        self._temporaries: list[int | None] = []
+        self._modules = Modules(self._on_root)
+        self._optimizing = self._building = False
+        self._backward_seen = False
+        self._closed = False
+
+    # What `torch.cuda` answers
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._allocator.allocated_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self._allocator.reserved_bytes
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        return self._allocator.peak_allocated_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        return self._allocator.peak_reserved_bytes
+
+    def reset_peaks(self) -> None:
+        self._allocator.reset_peaks()
+
+    def empty_cache(self) -> None:
+        self._allocator.empty_cache()
+
+    # What the device tells
+
+    def allocate(self, size_bytes: int) -> int:
+        if size_bytes == 0 or self._closed:
+            return 0
+        try:
+            address = self._allocator.malloc(size_bytes)
+        except OutOfMemory as error:
+            self.shortage = Shortage(
+                step=len(self._steps) + (not self._building),
+                phase=self._phase(),
+                module=self._modules.current(),
+                op=self._op,
+                message=str(error),
+            )
+            raise torch.OutOfMemoryError(str(error)) from None
+        number = len(self._blocks)
+        block = Block(
+            size_bytes,
+            address,
+            begin=len(self._events),
+            phase=self._phase(),
+            module=self._modules.current(),
+            op=self._op,
+        )
+        if block.phase == "backward":
+            block.by_python = isinstance(_C._current_autograd_node(), BackwardCFunction)
+        self._blocks.append(block)
+        self._live[address] = number
+        self._record(("A", number, size_bytes, address))
+        return address
+
+    def watch(self, storage: torch.UntypedStorage, address: int) -> None:
+        reference = _Ref(storage, self._on_end)
+        reference.address = address
+        self._refs[address] = reference
+
+    def before(
+        self, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequence[Tensor]
+    ) -> None:
+        self._op = op._name
+        self._scratch = scratch(op, args, kwargs, outputs, self.target)
+        if self._scratch.before:
+            self._replay(self._scratch.before)
+
+    def after(self, op: OpOverload, outputs: Sequence[Tensor]) -> None:
+        if self._scratch.after:
+            self._replay(self._scratch.after)
+        if op._schema.name in _USES_CUBLAS:
+            self._ensure_workspace(op)
+        while self._temporaries:
+            self._free(self._temporaries.pop() or 0)
+        for output in outputs:
+            if output.dim() and output.shape[-1] == self._modules.vocabulary:
+                self._assign("logits and loss", output, over=False)
+
+    def made_by_python(self, tensor: Tensor) -> bool:
+        number = self._live.get(tensor.untyped_storage().data_ptr())
+        return number is not None and self._blocks[number].by_python
+
+    def _replay(self, entries: Sequence[int]) -> None:
+        replay(entries, self._temporaries, self._allocate_temporary, self._free)
+
+    def _allocate_temporary(self, size_bytes: int) -> int:
+        return self._allocate_as("temporaries", size_bytes)
+
+    # Events
+
+    def _allocate_as(self, category: Category, size_bytes: int) -> int:
+        address = self.allocate(size_bytes)
+        if address:
+            self._blocks[self._live[address]].category = category
+        return address
+
+    def _ensure_workspace(self, op: OpOverload) -> None:
+        """Each thread that multiplies matrices has a cuBLAS handle, with workspaces for ever."""
+        thread = threading.get_ident()
+        if thread not in self._workspaces:
+            self._workspaces.add(thread)
+            self._allocate_as("workspaces", workspace_bytes(self.target))
+        if op._schema.name in _USES_CUBLAS_LT and -thread not in self._workspaces:
+            self._workspaces.add(-thread)
+            self._allocate_as("workspaces", lt_workspace_bytes(self.target))
+
+    def _on_end(self, reference: weakref.ref[torch.UntypedStorage]) -> None:
+        if not self._closed:
+            self._free(reference.address)  # type: ignore[attr-defined]
+
+    def _free(self, address: int) -> None:
+        if not address:
+            return
+        number = self._live.pop(address)
+        self._refs.pop(address, None)
+        self._allocator.free(address)
+        block = self._blocks[number]
+        block.end, block.end_phase = len(self._events), self._phase()
+        self._record(("F", number))
+
+    def _on_segment(self, kind: str, address: int, size: int, stream: int) -> None:
+        self._record(("S+" if kind == "segment_alloc" else "S-", address, size))
+
+    def _record(self, event: tuple[Any, ...]) -> None:
+        self._events.append(event)
+        self._allocated.append(self._allocator.allocated_bytes)
+        self._reserved.append(self._allocator.reserved_bytes)
+
+    def _phase(self) -> Phase:
+        if self._building:
+            return "build"
+        if self._optimizing:
+            return "optimizer"
+        if _C._current_graph_task_id() == -1:
+            return "forward"
+        return "recompute" if torch.is_grad_enabled() else "backward"
+
+    # Steps, modules and optimizers
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        self._building = True
+        try:
+            yield
+        finally:
+            self._building = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        first = len(self._events)
+        try:
+            yield
+        finally:
+            reserved, allocated = self._reserved[first:], self._allocated[first:]
+            self._steps.append(
+                Step(
+                    first_event=first,
+                    last_event=len(self._events) - 1,
+                    peak_reserved_bytes=max(reserved, default=self.reserved_bytes),
+                    peak_allocated_bytes=max(allocated, default=self.allocated_bytes),
+                )
+            )
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks of this process, for every module and optimizer; removed at the end."""
+        handles = [
+            register_module_forward_pre_hook(self._modules.enter),
+            register_module_forward_hook(self._modules.leave, always_call=True),
+            register_optimizer_step_pre_hook(self._before_optimizer),
+            register_optimizer_step_post_hook(self._after_optimizer),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._optimizing = True
+        for parameter in _parameters(optimizer):
+            self._assign("gradients", parameter.grad)
+
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._optimizing = False
+        for parameter in _parameters(optimizer):
+            self._assign("optimizer states", optimizer.state.get(parameter))
+
+    def _on_root(self, module: nn.Module) -> None:
+        parameters = list(module.parameters())
+        frozen = any(not parameter.requires_grad for parameter in parameters)
+        for parameter in parameters:
+            adapts = frozen and parameter.requires_grad
+            self._assign("adapters" if adapts else "base weights", parameter)
+
+    def _assign(self, category: Category, value: Any, *, over: bool = True) -> None:
+        for tensor in tensors_in(value):
+            number = self._live.get(tensor.untyped_storage().data_ptr())
+            if number is not None and (over or self._blocks[number].category is None):
+                self._blocks[number].category = category
+
+    def close(self) -> None:
+        """What ends from here on is not counted."""
+        self._closed = True
+
+    def trace(self) -> MemoryTrace:
+        return MemoryTrace(
+            blocks=self._blocks,
+            events=self._events,
+            allocated_bytes=self._allocated,
+            reserved_bytes=self._reserved,
+            steps=self._steps,
+            out_of_memory=self.shortage,
+            card=None if self.card is None else self.card.name,
+            budget_bytes=None if self.card is None else self.total_bytes,
+            peak_reserved_bytes=max(self._reserved, default=0),
+            peak_allocated_bytes=max(self._allocated, default=0),
+            segments=self._allocator.segments,
+        )
+
+
+def target_of(card: Card | None, torch_version: tuple[int, int] | None = None) -> Target:
+    """The kernels of a card; without one, those of the RTX 40 series."""
+    if torch_version is None:
+        major, minor = torch.__version__.split(".")[:2]
+        torch_version = int(major), int(minor)
+    return Target(
+        compute_capability=(8, 9) if card is None else card.compute_capability,
+        multiprocessors=60 if card is None else card.multiprocessors,
+        torch_version=torch_version,
+    )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
