@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from lowvram.adapters import Adapter, Base, add_adapter, plain_model
 from lowvram.data import Blocks, Source, TokenStore, pack, split_documents, tokenize
 from lowvram.errors import DataError, DeviceError, ModelError, RecipeError
 from lowvram.loss import head_is_plain
-from lowvram.memory.measure import compute_capability, has_fast_16_bit, limit_memory
+from lowvram.memory.measure import SIMULATED, compute_capability, has_fast_16_bit, limit_memory
 from lowvram.model import (
     TORCH_DTYPES,
     BaseDtype,
+    blank_model,
     empty_model,
     fuse_gelu,
+    known_config,
     load_model,
     load_tokenizer,
     parameter_count,
@@ -54,15 +57,23 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def choose_numerics(recipe: Recipe, device: torch.device | None = None) -> Numerics:
+def choose_numerics(
+    recipe: Recipe,
+    device: torch.device | None = None,
+    capability: tuple[int, int] | None = None,
+) -> Numerics:
     """Formats that this device computes well, or an error where the recipe insists.
+
+    `capability` is that of a card which is not there: the device then is the simulated one.
 
     bf16 needs compute capability 8 (torch's own answer also counts emulation). A CPU without
     16-bit matrix products is tens of times slower in 16 bits than in fp32, so there a run that
     asks for 16 bits is done in fp32, and says so.
     """
     device = device or choose_device()
-    precision, notes = _precision(recipe.train.precision, device)
+    if capability is None and device.type == "cuda":
+        capability = compute_capability(device)
+    precision, notes = _precision(recipe.train.precision, capability)
     dtype = recipe.model.dtype
     if dtype == "auto":
         trains_base = recipe.method.name == "full" or recipe.method.bias != "none"
@@ -93,9 +104,12 @@ def _check_formats(dtype: str, precision: str) -> None:
         )
 
 
-def _precision(wanted: str, device: torch.device) -> tuple[Precision, tuple[str, ...]]:
-    if device.type == "cuda":
-        major, minor = compute_capability(device)
+def _precision(
+    wanted: str, capability: tuple[int, int] | None
+) -> tuple[Precision, tuple[str, ...]]:
+    """`capability` is that of a card; None stands for a CPU."""
+    if capability is not None:
+        major, minor = capability
         if wanted == "auto":
             return ("bf16" if major >= 8 else "fp16"), ()
         if wanted == "bf16" and major < 8:
@@ -151,14 +165,17 @@ def build(recipe: Recipe, *, total_steps: int, numerics: Numerics | None = None)
 
 def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
     """The base in its dtype with fp32 adapters on it, or the whole model in fp32."""
-    model = load_model(
-        recipe.model.name,
-        revision=recipe.model.revision,
-        dtype=numerics.base_dtype,
-        compute_dtype=TORCH_DTYPES[numerics.precision],
-        attention=recipe.model.attention,
-        device=str(numerics.device),
-    )
+    name, revision = recipe.model.name, recipe.model.revision
+    options: dict[str, Any] = {
+        "dtype": numerics.base_dtype,
+        "compute_dtype": TORCH_DTYPES[numerics.precision],
+        "attention": recipe.model.attention,
+        "device": str(numerics.device),
+    }
+    if numerics.device.type == SIMULATED:
+        model = blank_model(known_config(name, revision), **options)
+    else:
+        model = load_model(name, revision=revision, **options)
     if recipe.model.fused_gelu:
         fuse_gelu(model)
     if recipe.fit.gradient_checkpointing is True:

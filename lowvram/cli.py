@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -13,10 +14,11 @@ from typing import Any
 import click
 
 from lowvram import __version__
-from lowvram.errors import LowVRAMError
+from lowvram.errors import LowVRAMError, RecipeError
 
 _DTYPES = click.Choice(["fp32", "bf16", "fp16"])
 _FORMATS = click.Choice(["document", "lines", "paragraphs"])
+_SYSTEMS = click.Choice(["headless", "desktop", "windows"])
 
 
 def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,6 +48,8 @@ def main() -> None:
 
     A recipe in YAML goes in, a plain checkpoint that any tool loads comes out.
     """
+    # When it is imported, it tells that a kernel for CPUs, of no use here, is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @main.command()
@@ -54,6 +58,7 @@ def main() -> None:
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Start anew where a run already is.")
 @click.option("--dry-run", is_flag=True, help="Print the whole recipe and the plan, and stop.")
+@click.option("--gpu", help="With --dry-run: plan for this card, such as rtx-4070-ti.")
 @click.option("--quiet", is_flag=True, help="Print the result only.")
 @_reports_errors
 def run(
@@ -62,6 +67,7 @@ def run(
     resume: bool,
     overwrite: bool,
     dry_run: bool,
+    gpu: str | None,
     quiet: bool,
 ) -> None:
     """Train as RECIPE (a file or a shipped recipe's name) says, merge, prove and evaluate.
@@ -69,9 +75,12 @@ def run(
     Exit codes: 0 done, 2 recipe, 3 data, 4 model, 5 run directory, 6 device, 7 memory,
     8 training stopped, 9 proof failed, 130 interrupted (state saved).
     """
+    from lowvram.errors import DeviceError
     from lowvram.recipe import dump_recipe, load_recipe, parse_set
 
     loaded = load_recipe(recipe, dict(parse_set(setting) for setting in settings))
+    if gpu is not None and not dry_run:
+        raise DeviceError("--gpu: a run takes the card that is here; add --dry-run to plan for one")
     if dry_run:
         click.echo(dump_recipe(loaded), nl=False)
     from lowvram.display import Display
@@ -82,11 +91,67 @@ def run(
     display = Display(quiet=quiet and not dry_run)
     if dry_run:
         click.echo()
-        announce(plan(loaded), display)
+        from lowvram.target import named_card
+
+        announce(plan(loaded, elsewhere=named_card(gpu, None)), display)
         return
     result = run_recipe(loaded, resume=resume, overwrite=overwrite, display=display)
     merged = Path(result.output_dir) / "merged"
     click.echo(f"next: lowvram generate {_shell(merged)} --interactive")
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--gpu", help="A card by name, such as rtx-4070-ti; it need not be here.")
+@click.option("--vram", help="Memory for the allocator, such as 12GiB, of a card with no name.")
+@click.option("--system", type=_SYSTEMS, default="headless", show_default=True,
+              help="What else is on the card of --gpu.")  # fmt: skip
+@click.option("--seq-len", type=click.IntRange(2), help="Ask for one shape: tokens in a row.")
+@click.option("--micro-batch-size", type=click.IntRange(1), help="Ask for one shape: rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path),
+              help="Draw the frontier, or the shape's timeline, as .png or .html.")  # fmt: skip
+@click.option("--save-recipe", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write the recipe with the recommended shape pinned.")  # fmt: skip
+@_reports_errors
+def probe(  # noqa: PLR0913 - one parameter an option
+    recipe: str,
+    settings: tuple[str, ...],
+    gpu: str | None,
+    vram: str | None,
+    system: Any,
+    seq_len: int | None,
+    micro_batch_size: int | None,
+    as_json: bool,
+    plot: Path | None,
+    save_recipe: Path | None,
+) -> None:
+    """The largest micro-batch of RECIPE that fits a card, for each sequence length.
+
+    Real training steps are simulated, so no card and no weights are needed. On the card itself the
+    recommended shape is then tried, in a process of its own.
+    """
+    from lowvram.recipe import load_recipe, parse_set
+
+    loaded = load_recipe(recipe, dict(parse_set(setting) for setting in settings))
+    one_shape = seq_len is not None or micro_batch_size is not None
+    if one_shape and save_recipe is not None:
+        raise RecipeError("--save-recipe: saves what the whole probe recommends; leave out a shape")
+    from lowvram.probe_report import choose_target, show_frontier, show_shape
+
+    target = choose_target(gpu, vram, system)
+    if one_shape:
+        show_shape(
+            loaded,
+            target,
+            seq_len=seq_len,
+            micro_batch_size=micro_batch_size,
+            as_json=as_json,
+            plot=plot,
+        )
+    else:
+        show_frontier(loaded, target, as_json=as_json, plot=plot, save=save_recipe)
 
 
 @main.group()
@@ -122,7 +187,6 @@ def show(name: str) -> None:
 @_reports_errors
 def copy(name: str, target: Path | None) -> None:
     """Copy a recipe to TARGET (default: NAME.yaml here), to make it yours."""
-    from lowvram.errors import RecipeError
     from lowvram.recipe import recipe_text
 
     text = recipe_text(name)
@@ -236,7 +300,6 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Continue prompts with MODEL; prints each prompt with its continuation."""
-    from lowvram.errors import RecipeError
 
     try:
         texts = [*prompts, *(_prompt_lines(file) if file else [])]

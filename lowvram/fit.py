@@ -1,29 +1,30 @@
 """The shape of a step: what fits into the memory there is, without changing the training.
 
-`global_batch_size` is the recipe's and stays; the micro-batch only decides into how many
-forward passes a step is cut. Until shapes are predicted and measured, `auto` is a rule of
-thumb, and says that it is one.
+`global_batch_size` is the recipe's and stays; the micro-batch only decides into how many forward
+passes a step is cut. On a card, every shape is simulated before it is taken. A CPU has no such
+limit, and gets as many tokens at a time as keep it busy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+from lowvram.errors import DoesNotFit, RecipeError
+from lowvram.levers import levers
+from lowvram.measurement import Measure, Measurement, accepted, smaller
+from lowvram.memory.measure import format_gib
+from lowvram.prediction import Predict, Prediction
+from lowvram.recipe import Recipe, with_overrides
+from lowvram.rehearsal import BatchShape
 
-from lowvram.errors import RecipeError
-from lowvram.memory.measure import GIB
-from lowvram.recipe import Recipe
-
-# Tokens in one forward pass. The card's figure is for GPT-2 small (124 M) in 12 GiB with some
-# room; it scales with memory and shrinks with the size of the model.
-_CARD_TOKENS = 8192
-_CARD_BYTES = 12 * GIB
-_CARD_PARAMETERS = 124_000_000
+LONGEST_AUTO = 1024
+"""Tokens; longer rows have to be asked for."""
 _CPU_TOKENS = 2048
-# From here on (GPT-2 medium), a card trades time for memory unless the recipe says no.
-_CHECKPOINTING_PARAMETERS = 200_000_000
-_LONGEST_AUTO = 1024
+# With fewer tokens in a forward pass a card waits for its next kernel rather than for memory, and
+# recomputing activations to get a larger pass is worth its third of the time.
+_USEFUL_TOKENS = 4096
+_MOST_TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,12 @@ class Fit:
     gradient_checkpointing: bool
     gradient_accumulation_steps: int
     reason: str
+    predicted_reserved_bytes: int | None = None
+    """None on a CPU."""
+    predicted_allocated_bytes: int | None = None
+    budget_bytes: int | None = None
+    measurement: Measurement | None = None
+    """Of real steps of this shape, before the run."""
 
 
 def fit(
@@ -42,39 +49,54 @@ def fit(
     *,
     context_length: int,
     longest_document: int,
-    parameters: int,
-    device: torch.device,
+    predict: Predict | None = None,
+    measure: Measure | None = None,
 ) -> Fit:
-    """Choose what the recipe leaves to `auto`; raises RecipeError for what cannot be."""
-    wanted = recipe.fit
-    seq_len = _seq_len(wanted.max_seq_len, context_length, longest_document)
-    checkpointing = wanted.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = device.type == "cuda" and parameters > _CHECKPOINTING_PARAMETERS
-    global_size = recipe.train.global_batch_size
-    if wanted.micro_batch_size != "auto":
-        micro = wanted.micro_batch_size
-    else:
-        tokens = _pass_tokens(device, recipe.fit.vram_bytes, parameters)
-        micro = max(n for n in _divisors(global_size) if n == 1 or n * seq_len <= tokens)
-    chosen = [
-        name
-        for name in ("micro_batch_size", "max_seq_len", "gradient_checkpointing")
-        if getattr(wanted, name) == "auto"
-    ]
-    reason = (
-        f"{', '.join(chosen)} by rule of thumb, not measured" if chosen else "as the recipe says"
-    )
-    return Fit(
-        micro_batch_size=micro,
-        max_seq_len=seq_len,
-        gradient_checkpointing=checkpointing,
-        gradient_accumulation_steps=global_size // micro,
-        reason=reason,
+    """Choose what the recipe leaves to `auto`.
+
+    `predict` is for a card; None stands for a CPU. With `measure` the shape is tried on the card
+    before it is taken. Raises RecipeError for what cannot be, DoesNotFit for what the card has no
+    room for.
+    """
+    seq_len = choose_seq_len(recipe.fit.max_seq_len, context_length, longest_document)
+    if predict is None:
+        return _for_cpu(recipe, seq_len)
+    options = list(_options(recipe, seq_len))
+    refused: list[str] = []
+    for shape in options:
+        prediction = predict(recipe, shape)
+        if not prediction.fits:
+            continue
+        if measure is None:
+            return _chosen(recipe, prediction, None)
+        measurement = measure(recipe, shape)
+        reason = accepted(measurement, prediction.budget_bytes, smaller(recipe, shape, measure))
+        if reason is None:
+            return _chosen(recipe, prediction, measurement)
+        refused.append(f"{shape.micro_batch_size} x {shape.seq_len} tokens: {reason}")
+        if len(refused) == _MOST_TRIES:
+            break
+    if refused:
+        raise DoesNotFit(
+            "the card refuses what should fit: " + "; ".join(refused) + ". Other programs may "
+            "have taken its memory meanwhile: see nvidia-smi, or set fit.vram to less than it has"
+        )
+    raise DoesNotFit(_refusal(recipe, predict, predict(recipe, options[-1])))
+
+
+def with_shape(recipe: Recipe, chosen: Fit) -> Recipe:
+    """The recipe with the chosen shape in place of what it left to auto."""
+    return with_overrides(
+        recipe,
+        {
+            "fit.micro_batch_size": chosen.micro_batch_size,
+            "fit.max_seq_len": chosen.max_seq_len,
+            "fit.gradient_checkpointing": chosen.gradient_checkpointing,
+        },
     )
 
 
-def _seq_len(wanted: str | int, context_length: int, longest_document: int) -> int:
+def choose_seq_len(wanted: str | int, context_length: int, longest_document: int) -> int:
     if isinstance(wanted, int):
         if wanted > context_length:
             raise RecipeError(
@@ -85,16 +107,88 @@ def _seq_len(wanted: str | int, context_length: int, longest_document: int) -> i
     # The next power of two that holds the longest document: shorter rows cut it, longer ones
     # cost memory and bring nothing.
     needed = 1 << max(4, (longest_document - 1).bit_length())
-    return min(needed, context_length, _LONGEST_AUTO)
+    return min(needed, context_length, LONGEST_AUTO)
 
 
-def _pass_tokens(device: torch.device, budget_bytes: int | None, parameters: int) -> int:
-    if device.type != "cuda":
-        return _CPU_TOKENS
-    budget = budget_bytes or torch.cuda.get_device_properties(device).total_memory
-    size = max(1.0, parameters / _CARD_PARAMETERS)
-    return int(_CARD_TOKENS * budget / _CARD_BYTES / size)
+def _options(recipe: Recipe, seq_len: int) -> Iterator[BatchShape]:
+    """Shapes that the recipe allows, the best first.
+
+    As many rows as divide the global batch, the more the better. Without checkpointing as long as
+    a forward pass is of a useful size, then with it.
+    """
+    size, wanted = recipe.train.global_batch_size, recipe.fit
+    rows = [n for n in range(size, 0, -1) if size % n == 0]
+    if wanted.micro_batch_size != "auto":
+        rows = [wanted.micro_batch_size]
+    useful = min(rows[0], -(-_USEFUL_TOKENS // seq_len))
+    if wanted.gradient_checkpointing == "auto":
+        order = (
+            [(n, False) for n in rows if n >= useful]
+            + [(n, True) for n in rows]
+            + [(n, False) for n in rows if n < useful]
+        )
+    else:
+        order = [(n, wanted.gradient_checkpointing) for n in rows]
+    # Last what takes least, since a refusal starts from there.
+    if wanted.gradient_checkpointing == "auto":
+        order.append((rows[-1], True))
+    for n, checkpointing in order:
+        yield BatchShape(micro_batch_size=n, seq_len=seq_len, gradient_checkpointing=checkpointing)
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _chosen(recipe: Recipe, prediction: Prediction, measurement: Measurement | None) -> Fit:
+    shape = prediction.shape
+    reason = (
+        f"predicted peak {format_gib(prediction.reserved_bytes)} of "
+        f"{format_gib(prediction.budget_bytes)}"
+    )
+    if measurement is not None:
+        reason += f", measured {format_gib(measurement.reserved_bytes)}"
+    return Fit(
+        micro_batch_size=shape.micro_batch_size,
+        max_seq_len=shape.seq_len,
+        gradient_checkpointing=shape.gradient_checkpointing,
+        gradient_accumulation_steps=recipe.train.global_batch_size // shape.micro_batch_size,
+        reason=reason,
+        predicted_reserved_bytes=prediction.reserved_bytes,
+        predicted_allocated_bytes=prediction.allocated_bytes,
+        budget_bytes=prediction.budget_bytes,
+        measurement=measurement,
+    )
+
+
+def _for_cpu(recipe: Recipe, seq_len: int) -> Fit:
+    wanted, size = recipe.fit, recipe.train.global_batch_size
+    if wanted.micro_batch_size != "auto":
+        micro, reason = wanted.micro_batch_size, "as the recipe says"
+    else:
+        rows = [n for n in range(1, size + 1) if size % n == 0]
+        micro = max(n for n in rows if n == 1 or n * seq_len <= _CPU_TOKENS)
+        reason = f"on a CPU, up to {_CPU_TOKENS:,} tokens at a time"
+    return Fit(
+        micro_batch_size=micro,
+        max_seq_len=seq_len,
+        gradient_checkpointing=wanted.gradient_checkpointing is True,
+        gradient_accumulation_steps=size // micro,
+        reason=reason,
+    )
+
+
+def _refusal(recipe: Recipe, predict: Predict, least: Prediction) -> str:
+    """What is missing, and what would give it."""
+    shape = least.shape
+    text = (
+        f"{shape.micro_batch_size} x {shape.seq_len} tokens"
+        f"{' with' if shape.gradient_checkpointing else ' without'} gradient checkpointing take "
+        f"{format_gib(least.reserved_bytes)}, and the card has {format_gib(least.budget_bytes)} "
+        "for them (predicted). "
+    )
+    found = [lever for lever in levers(recipe, predict, least)]
+    enough = [lever for lever in found if lever.prediction.fits]
+    shown = ", ".join(
+        f"{lever.change} ({format_gib(lever.prediction.reserved_bytes)})"
+        for lever in (enough or found)[:4]
+    )
+    if enough:
+        return text + f"Each of these would fit: {shown}"
+    return text + (f"No single change fits; the largest are {shown}" if found else "")

@@ -24,11 +24,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GPT2Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from lowvram.errors import LowVRAMError, ModelError
@@ -81,6 +83,25 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     with _model_errors(name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return config
+
+
+_GPT2_SIZES = {  # layers, heads, hidden size, as in the config.json of each on the hub
+    "distilgpt2": (6, 12, 768),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+def known_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """As `load_config`; the sizes of OpenAI's models are known without asking the hub."""
+    if not Path(name).expanduser().is_dir():
+        short = name.removeprefix("openai-community/").removeprefix("distilbert/")
+        if revision is None and short in _GPT2_SIZES:
+            layers, heads, hidden = _GPT2_SIZES[short]
+            return GPT2Config(n_layer=layers, n_head=heads, n_embd=hidden)
+    return load_config(name, revision)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -143,8 +164,61 @@ def load_model(
         )
     if "device_map" not in options:
         model.to(device)
+    for module in model.modules():
+        # On CPUs with bf16 arithmetic, 4-bit layers repack their weights when they are evaluated,
+        # which fails for rows shorter than a block.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
     model.eval()
+    if "device_map" in options and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # transformers reserves room to load into, more than it needs
     return model  # type: ignore[no-any-return]
+
+
+def blank_model(
+    config: PreTrainedConfig,
+    *,
+    dtype: BaseDtype = "fp32",
+    compute_dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """What `load_model` gives for weights that are not there: for the simulated device."""
+    with _model_errors(config.name_or_path or config.model_type), _quiet_libraries():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            trust_remote_code=False,
+            attn_implementation=attention,
+            dtype=TORCH_DTYPES.get(dtype, compute_dtype),
+        )
+        if dtype in ("int8", "nf4"):
+            _quantize_blank(model, _quantization(dtype, compute_dtype), compute_dtype, device)
+        nn.Module.to(model, device)  # transformers' own refuses quantised models
+    model.eval()
+    return model
+
+
+def _quantize_blank(
+    model: PreTrainedModel,
+    settings: BitsAndBytesConfig,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """transformers' own steps, with weights that are made here rather than read."""
+    model.config.quantization_config = settings
+    quantizer = AutoHfQuantizer.from_config(settings)
+    quantizer.preprocess_model(model, device_map={"": device})
+    module: Any
+    for module in model.modules():
+        if not hasattr(module, "source_cls"):  # transformers' mark of what it has replaced
+            continue
+        data = torch.empty(module.out_features, module.in_features, dtype=dtype)
+        options = vars(module.weight)
+        module.weight = type(module.weight)(data, requires_grad=False, **options).to(device)
+        if module.bias is not None:
+            bias = torch.empty(module.out_features, dtype=dtype)
+            module.bias = nn.Parameter(bias, requires_grad=False)
+    quantizer.postprocess_model(model)
 
 
 @contextlib.contextmanager
@@ -165,7 +239,7 @@ def cast_weights(model: nn.Module, dtype: str) -> None:
 
 def empty_model(name: str, revision: str | None = None) -> PreTrainedModel:
     """The model on the meta device: shapes, no weights."""
-    config = load_config(name, revision)
+    config = known_config(name, revision)
     with _model_errors(name), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from lowvram.memory.measure import is_card
+
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 
@@ -68,7 +70,7 @@ def _bitsandbytes(class_name: str, *, paged: bool = False) -> Callable[..., torc
 
         # Pages go between a card and the host. Elsewhere the two classes do the same, but the
         # paged one warns of it in its first step.
-        on_card = any(p.device.type == "cuda" for group in groups for p in group["params"])
+        on_card = any(is_card(p.device) for group in groups for p in group["params"])
         optimizer_class = getattr(
             bitsandbytes.optim, f"Paged{class_name}" if paged and on_card else class_name
         )

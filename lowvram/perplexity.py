@@ -154,7 +154,7 @@ def score(
     """
     _check(model, context_length, stride, batch_size, precision)
     device = next(model.parameters()).device
-    pass_tokens = max(context_length, _PASS_TOKENS.get(device.type, 4096))
+    pass_tokens = max(context_length, _PASS_TOKENS["cpu" if device.type == "cpu" else "cuda"])
     if batch_size is not None:
         pass_tokens = batch_size * context_length
     windows = (w for document in documents for w in _windows(*document, context_length, stride))

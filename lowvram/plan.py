@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -25,9 +26,15 @@ from lowvram.build import (
 )
 from lowvram.data import Batch, Blocks, steps_per_epoch, windows
 from lowvram.errors import DataError
-from lowvram.fit import Fit, fit
+from lowvram.fit import Fit, fit, with_shape
+from lowvram.fit_cache import remembered
+from lowvram.measurement import measure
+from lowvram.memory import Card
+from lowvram.memory.device import simulated_device
 from lowvram.model import context_length, load_config
-from lowvram.recipe import Recipe, with_overrides
+from lowvram.prediction import predictor
+from lowvram.recipe import Recipe
+from lowvram.target import card_here, limited
 
 # What may change between the parts of a resumed run: none of it changes what is learned.
 _FREE_KEYS = {
@@ -54,6 +61,8 @@ class Plan:
     stride: int
     max_new_tokens: int
     notes: tuple[str, ...]
+    card: Card | None = None
+    """None on a CPU."""
 
     def windows(self, start: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step, from step `start` to the last."""
@@ -120,12 +129,25 @@ class Plan:
             "dropped_tokens": self.blocks.dropped_tokens,
         }
 
+    def _device(self) -> str:
+        if self.card is None:
+            return str(self.numerics.device)
+        here = self.numerics.device.type == "cuda"
+        return f"{self.card.name} ({self.numerics.device if here else 'simulated'})"
+
+    def _speed(self) -> str:
+        measured = self.fit.measurement
+        if measured is None or not measured.tokens_per_second:
+            return ""
+        seconds = self.blocks.tokens / measured.tokens_per_second
+        return f", about {seconds:,.0f} s as measured"
+
     def describe(self) -> list[tuple[str, str]]:
         """Name and value, for people."""
         chosen, recipe = self.fit, self.recipe
         share = self.parameters.trainable / self.parameters.total
         return [
-            ("device", f"{self.numerics.device}, {self.numerics.precision}"),
+            ("device", f"{self._device()}, {self.numerics.precision}"),
             ("base", f"{recipe.model.name}, {self.numerics.base_dtype}"),
             ("trainable", f"{self.parameters.trainable:,} parameters ({share:.2%})"),
             (
@@ -140,23 +162,32 @@ class Plan:
                 f"{chosen.gradient_accumulation_steps} x {chosen.micro_batch_size}, checkpointing "
                 f"{'on' if chosen.gradient_checkpointing else 'off'} ({chosen.reason})",
             ),
-            ("steps", f"{self.total_steps:,} ({self.steps_per_epoch:,} an epoch)"),
+            ("steps", f"{self.total_steps:,} ({self.steps_per_epoch:,} an epoch{self._speed()})"),
         ]
 
 
-def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
-    """Read and cut the data, choose the shape; no weights are loaded."""
-    numerics = choose_numerics(recipe)
+def plan(
+    recipe: Recipe, progress: Progress | None = None, *, elsewhere: Card | None = None
+) -> Plan:
+    """Read and cut the data, choose the shape; no weights are loaded.
+
+    `elsewhere` is a card that the plan is for, if it is not this machine that will run it.
+    """
+    if elsewhere is not None:
+        numerics = choose_numerics(recipe, simulated_device(), elsewhere.compute_capability)
+    else:
+        numerics = choose_numerics(recipe)
     config = load_config(recipe.model.name, recipe.model.revision)
     parameters = count_parameters(recipe)
     tokenizer = build_tokenizer(recipe, config.get_text_config().vocab_size)
     corpus = build_corpus(recipe, tokenizer, progress)
-    chosen = fit(
+    card = elsewhere or (card_here() if numerics.device.type == "cuda" else None)
+    chosen = choose_fit(
         recipe,
+        card,
         context_length=context_length(config),
         longest_document=corpus.longest,
-        parameters=parameters.total,
-        device=numerics.device,
+        on_card=elsewhere is None,
     )
     blocks = build_blocks(recipe, corpus, chosen.max_seq_len)
     if len(blocks) == 0:
@@ -175,7 +206,7 @@ def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
         warmup_steps(recipe, total)[1],
     )
     return Plan(
-        recipe=_pinned(recipe, chosen),
+        recipe=with_shape(recipe, chosen),
         numerics=numerics,
         tokenizer=tokenizer,
         corpus=corpus,
@@ -188,19 +219,30 @@ def plan(recipe: Recipe, progress: Progress | None = None) -> Plan:
         stride=stride,
         max_new_tokens=new_tokens,
         notes=tuple(note for note in notes if note),
+        card=card,
     )
 
 
-def _pinned(recipe: Recipe, chosen: Fit) -> Recipe:
-    """The recipe with the chosen shape in place of auto."""
-    return with_overrides(
-        recipe,
-        {
-            "fit.micro_batch_size": chosen.micro_batch_size,
-            "fit.max_seq_len": chosen.max_seq_len,
-            "fit.gradient_checkpointing": chosen.gradient_checkpointing,
-        },
-    )
+def choose_fit(
+    recipe: Recipe,
+    card: Card | None,
+    *,
+    context_length: int,
+    longest_document: int,
+    on_card: bool,
+) -> Fit:
+    """`fit` for a card or, if None, for a CPU; `on_card` says that the card is here to be tried."""
+    choose = partial(fit, recipe, context_length=context_length, longest_document=longest_document)
+    if card is None:
+        return choose()
+    card = limited(card, recipe)
+
+    def search() -> Fit:
+        with predictor(card) as predict:
+            return choose(predict=predict, measure=measure if on_card else None)
+
+    lengths = (context_length, longest_document)
+    return remembered(recipe, card, lengths, search) if on_card else search()
 
 
 def _max_new_tokens(recipe: Recipe, positions: int) -> tuple[int, str | None]:

@@ -92,7 +92,11 @@ def result_table(result: RunResult) -> Table:
     if result.tokens_per_second:
         table.add_row("tokens a second", f"{result.tokens_per_second:.0f}")
     measured = result.memory["measured_peak_bytes"]
-    table.add_row("peak memory", "unknown" if measured is None else format_gib(measured))
+    predicted = result.memory["predicted_peak_bytes"]
+    peak = "unknown" if measured is None else format_gib(measured)
+    if predicted is not None:
+        peak += f" (predicted {format_gib(predicted)})"
+    table.add_row("peak memory", peak)
     for sample in result.samples:
         table.add_section()
         table.add_row("prompt", escape(printable(sample["prompt"])))

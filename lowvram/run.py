@@ -313,7 +313,10 @@ def _finish(job: Job, display: Display, *, started: float) -> RunResult:
         },
         merge=asdict(proof),
         tokens_per_second=_tokens_per_second(job.directory),
-        memory={"predicted_peak_bytes": None, "measured_peak_bytes": measured},
+        memory={
+            "predicted_peak_bytes": planned.fit.predicted_reserved_bytes,
+            "measured_peak_bytes": measured,
+        },
         data=planned.counts(),
         steps=steps,
         optimizer_steps=optimizer_steps,

@@ -8,6 +8,14 @@ import torch
 
 GIB = 2**30
 
+SIMULATED = "simulated"
+"""The type of the device that `lowvram.memory.simulate` makes tensors on."""
+
+
+def is_card(device: torch.device) -> bool:
+    """A card, or the device that stands for one."""
+    return device.type in ("cuda", SIMULATED)
+
 
 def format_gib(size_bytes: float) -> str:
     """Bytes as text, in GiB (2**30 bytes) or, when small, in MiB."""

@@ -1,0 +1,98 @@
+"""The largest micro-batch that fits, for each length of sequence: what a card can do with a recipe.
+
+Memory is nearly affine in the micro-batch, so few simulations find where the budget is met. The
+answer is then exact: it was simulated and fits, and one more was simulated and does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lowvram.prediction import Predict, Prediction
+from lowvram.recipe import Recipe
+from lowvram.rehearsal import BatchShape
+
+MOST_ROWS = 4096
+"""No search goes beyond."""
+_SHORTEST = 256
+
+
+def sequence_lengths(context_length: int) -> list[int]:
+    """256, 512, 1024, ... and the model's limit."""
+    lengths = []
+    length = _SHORTEST
+    while length < context_length:
+        lengths.append(length)
+        length *= 2
+    return [*lengths, context_length]
+
+
+def frontier(
+    recipe: Recipe,
+    predict: Predict,
+    lengths: Sequence[int],
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Prediction]:
+    """For each length, without and with gradient checkpointing; 0 rows where not one fits."""
+    found: list[Prediction] = []
+    for length in lengths:
+        for checkpointing in (False, True):
+            if progress is not None:
+                progress(len(found), 2 * len(lengths), f"{length} tokens")
+            # As many tokens as in the shorter rows before are nearly right.
+            like = found[-2].shape if len(found) > 1 else None
+            rows = like.micro_batch_size * like.seq_len // length if like else 0
+            found.append(largest(recipe, predict, length, checkpointing, near=rows))
+    return sorted(found, key=lambda one: (one.shape.seq_len, one.shape.gradient_checkpointing))
+
+
+def largest(
+    recipe: Recipe,
+    predict: Predict,
+    seq_len: int,
+    gradient_checkpointing: bool,
+    *,
+    near: int = 0,
+) -> Prediction:
+    """The prediction for the most rows that fit, or, with `fits` False, for one row.
+
+    `near` is where to look first.
+    """
+
+    def at(rows: int) -> Prediction:
+        return predict(
+            recipe,
+            BatchShape(
+                micro_batch_size=rows,
+                seq_len=seq_len,
+                gradient_checkpointing=gradient_checkpointing,
+            ),
+        )
+
+    first = best = at(1)
+    worst: Prediction | None = None
+    if not first.fits:
+        return first
+    rows = max(4, near)
+    while (worst is None or _rows(worst) > _rows(best) + 1) and _rows(best) < MOST_ROWS:
+        tried = at(rows)
+        if tried.fits:
+            best = tried
+        else:
+            worst = tried
+        rows = _next(first, tried, best, worst)
+    return best
+
+
+def _rows(prediction: Prediction) -> int:
+    return prediction.shape.micro_batch_size
+
+
+def _next(first: Prediction, tried: Prediction, best: Prediction, worst: Prediction | None) -> int:
+    """Where a straight line through two points meets the budget, within what is still open."""
+    slope = (tried.reserved_bytes - first.reserved_bytes) / (_rows(tried) - _rows(first))
+    guess = 2 * _rows(best)
+    if slope > 0:
+        guess = _rows(first) + int(first.headroom_bytes / slope)
+    upper = MOST_ROWS if worst is None else _rows(worst) - 1
+    return min(max(guess, _rows(best) + 1), upper)

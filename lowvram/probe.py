@@ -1,0 +1,192 @@
+"""What a card can do with a recipe: the frontier, or one shape and what would make it smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowvram.build import build_corpus, build_tokenizer
+from lowvram.errors import DoesNotFit, LowVRAMError, RecipeError
+from lowvram.fit import Fit, choose_seq_len, fit
+from lowvram.frontier import frontier, sequence_lengths
+from lowvram.levers import Lever, levers
+from lowvram.measurement import Measure, Measurement, accepted
+from lowvram.memory import Card
+from lowvram.model import context_length, known_config
+from lowvram.prediction import Prediction, predictor
+from lowvram.recipe import Recipe
+from lowvram.rehearsal import BatchShape
+from lowvram.target import limited
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """The largest micro-batch that fits for each length, and the shape that a run would take."""
+
+    card: Card
+    rows: Sequence[Prediction]
+    chosen: Fit | None
+    reason: str
+    """Why this shape, or why none."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "card": self.card.name,
+            "budget_bytes": self.card.budget(),
+            "frontier": [_fitting(row) for row in self.rows],
+            "chosen": None if self.chosen is None else _chosen(self.chosen, self.reason),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Whether one shape fits, what is on the card at its peak, and what would save memory."""
+
+    card: Card
+    prediction: Prediction
+    levers: Sequence[Lever]
+    measurement: Measurement | None
+    refused: str | None
+    """Why the measurement is no proof, if it is none."""
+
+    @property
+    def fits(self) -> bool:
+        return self.prediction.fits and self.refused is None
+
+    def to_json(self) -> dict[str, Any]:
+        measured = self.measurement
+        return {
+            "card": self.card.name,
+            "budget_bytes": self.card.budget(),
+            "fits": self.fits,
+            **self.prediction.to_json(),
+            "categories": self.prediction.categories,
+            "levers": [lever.to_json() for lever in self.levers],
+            "measured": None if measured is None else asdict(measured),
+            "refused": self.refused,
+        }
+
+
+def _fitting(row: Prediction) -> dict[str, Any]:
+    """Where not even one row fits: none, and what one would take."""
+    values = row.to_json()
+    return values if row.fits else {**values, "micro_batch_size": 0}
+
+
+def _chosen(chosen: Fit, reason: str) -> dict[str, Any]:
+    budget, reserved = chosen.budget_bytes or 0, chosen.predicted_reserved_bytes or 0
+    measured = chosen.measurement
+    return {
+        "seq_len": chosen.max_seq_len,
+        "gradient_checkpointing": chosen.gradient_checkpointing,
+        "micro_batch_size": chosen.micro_batch_size,
+        "gradient_accumulation_steps": chosen.gradient_accumulation_steps,
+        "predicted_reserved_bytes": reserved,
+        "predicted_allocated_bytes": chosen.predicted_allocated_bytes,
+        "headroom_bytes": budget - reserved,
+        "measured": None if measured is None else asdict(measured),
+        "reason": reason,
+    }
+
+
+def probe(
+    recipe: Recipe, card: Card, *, measure: Measure | None = None, progress: Progress | None = None
+) -> Frontier:
+    """The frontier; with `measure`, the chosen shape is confirmed on the card."""
+    positions = _positions(recipe)
+    card = limited(card, recipe)
+    with predictor(card) as predict:
+        rows = frontier(recipe, predict, sequence_lengths(positions), progress)
+        try:
+            chosen = fit(
+                recipe,
+                context_length=positions,
+                longest_document=positions,
+                predict=predict,
+                measure=measure,
+            )
+        except DoesNotFit as error:
+            return Frontier(card=card, rows=rows, chosen=None, reason=str(error))
+    return Frontier(card=card, rows=rows, chosen=chosen, reason=_why(recipe, chosen))
+
+
+def ask(
+    recipe: Recipe,
+    card: Card,
+    *,
+    seq_len: int | None,
+    micro_batch_size: int | None,
+    measure: Measure | None = None,
+) -> Answer:
+    """One shape; what is not given is the recipe's, or chosen for the card."""
+    card = limited(card, recipe)
+    positions = _positions(recipe)
+    with predictor(card) as predict:
+        shape = _asked(recipe, positions, seq_len, micro_batch_size)
+        prediction = predict(recipe, shape)
+        if recipe.fit.gradient_checkpointing == "auto" and not prediction.fits:
+            shape = BatchShape(
+                micro_batch_size=shape.micro_batch_size,
+                seq_len=shape.seq_len,
+                gradient_checkpointing=True,
+            )
+            prediction = predict(recipe, shape)
+        found = levers(recipe, predict, prediction)
+    measured = measure(recipe, shape) if measure is not None and prediction.fits else None
+    return Answer(
+        card=card,
+        prediction=prediction,
+        levers=found,
+        measurement=measured,
+        refused=None if measured is None else accepted(measured, card.budget()),
+    )
+
+
+def epoch_seconds(recipe: Recipe, measured: Measurement) -> float | None:
+    """From the measured speed and the tokens of the data; None where it cannot be read."""
+    if not measured.tokens_per_second:
+        return None
+    try:
+        config = known_config(recipe.model.name, recipe.model.revision)
+        tokenizer = build_tokenizer(recipe, config.get_text_config().vocab_size)
+        corpus = build_corpus(recipe, tokenizer)
+    except LowVRAMError:
+        return None
+    return float(corpus.store.lengths(corpus.train).sum() / measured.tokens_per_second)
+
+
+def _positions(recipe: Recipe) -> int:
+    return context_length(known_config(recipe.model.name, recipe.model.revision))
+
+
+def _asked(
+    recipe: Recipe, positions: int, seq_len: int | None, micro_batch_size: int | None
+) -> BatchShape:
+    wanted = recipe.fit
+    length = choose_seq_len(seq_len or wanted.max_seq_len, positions, positions)
+    if length < 2:
+        raise RecipeError(f"--seq-len: found {length}, allowed 2 to {positions}")
+    rows = micro_batch_size or wanted.micro_batch_size
+    return BatchShape(
+        micro_batch_size=recipe.train.global_batch_size if rows == "auto" else rows,
+        seq_len=length,
+        gradient_checkpointing=wanted.gradient_checkpointing is True,
+    )
+
+
+def _why(recipe: Recipe, chosen: Fit) -> str:
+    size = recipe.train.global_batch_size
+    rows = (
+        "the whole global batch at once"
+        if chosen.micro_batch_size == size
+        else f"the most rows that fit and divide the global batch of {size}"
+    )
+    checkpointing = (
+        "checkpointing, since without it a forward pass would be small"
+        if chosen.gradient_checkpointing
+        else "no checkpointing, which would cost a third more time"
+    )
+    return f"{rows}; {checkpointing}"

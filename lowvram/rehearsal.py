@@ -1,0 +1,117 @@
+"""A run in small, with the worst batch that its data can give: for the simulator and for a card.
+
+The same `build` and `train_step` as in a run. What is rehearsed: the evaluation of the base, three
+optimizer steps, an evaluation in passing and taking the adapter off the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lowvram.build import Numerics, build
+from lowvram.data import IGNORED, Batch
+from lowvram.perplexity import score
+from lowvram.recipe import Recipe, with_overrides
+from lowvram.train import TrainState, train_step
+
+STEPS = 3
+"""The optimizer's states are made in the first; the second is the first that has them all along."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """`micro_batch_size` rows of `seq_len` tokens in each forward pass."""
+
+    micro_batch_size: int
+    seq_len: int
+    gradient_checkpointing: bool
+
+
+def pinned(recipe: Recipe, shape: BatchShape) -> Recipe:
+    """The recipe with this shape, for a global batch that it divides."""
+    size = recipe.train.global_batch_size
+    if size % shape.micro_batch_size:
+        passes = 1 if shape.micro_batch_size > size else 2
+        size = passes * shape.micro_batch_size
+    return with_overrides(
+        recipe,
+        {
+            "train.global_batch_size": size,
+            "fit.micro_batch_size": shape.micro_batch_size,
+            "fit.max_seq_len": shape.seq_len,
+            "fit.gradient_checkpointing": shape.gradient_checkpointing,
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """A training state, and the window of micro-batches that it is given again and again."""
+
+    state: TrainState
+    window: Sequence[Batch]
+    seq_len: int
+    numerics: Numerics
+    steps: int = 0
+
+    def step(self) -> None:
+        if self.steps == 0:
+            self.evaluate()  # of the base, before anything is learned
+        train_step(self.state, self.window)
+        self.steps += 1
+
+    def evaluate(self) -> None:
+        """As many full windows as one forward pass of an evaluation takes."""
+        tokens = np.zeros(self.seq_len, dtype=np.int64)
+        score(
+            self.state.model,
+            [(tokens, self.seq_len, self.seq_len)] * max(1, 4096 // self.seq_len),
+            context_length=self.seq_len,
+            stride=max(1, self.seq_len // 2),
+            precision=self.numerics.precision,
+        )
+
+    def save(self) -> None:
+        for parameter in self.state.trainable():
+            parameter.detach().cpu()
+
+
+def rehearse(recipe: Recipe, numerics: Numerics) -> Rehearsal:
+    """`recipe` with its shape pinned, ready for the first step."""
+    shape = recipe.fit
+    assert isinstance(shape.micro_batch_size, int)
+    assert isinstance(shape.max_seq_len, int)
+    state = build(recipe, total_steps=STEPS, numerics=numerics)
+    passes = recipe.train.global_batch_size // shape.micro_batch_size
+    batch = worst_batch(shape.micro_batch_size, shape.max_seq_len, packed=recipe.data.packing)
+    return Rehearsal(
+        state=state,
+        # From the second pass on nothing new comes into being.
+        window=[batch] * min(passes, 2),
+        seq_len=shape.max_seq_len,
+        numerics=numerics,
+    )
+
+
+def worst_batch(rows: int, seq_len: int, *, packed: bool) -> Batch:
+    """Full rows without padding, of two documents each if rows are packed.
+
+    One target is missing in each row, as where a document begins: then the loss has to pick the
+    rows of the hidden states that have one.
+    """
+    half = seq_len // 2
+    labels = torch.zeros((rows, seq_len), dtype=torch.int64)
+    labels[:, half] = IGNORED
+    places = torch.arange(seq_len).repeat(rows, 1)
+    places[:, half:] -= half
+    return Batch(
+        input_ids=torch.zeros((rows, seq_len), dtype=torch.int64),
+        labels=labels,
+        position_ids=places if packed else None,
+        target_tokens=rows * (seq_len - 2),
+        tokens=rows * seq_len,
+    )
