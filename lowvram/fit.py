@@ -63,9 +63,9 @@ def fit(
         return _for_cpu(recipe, seq_len)
     options = list(_options(recipe, seq_len))
     refused: list[str] = []
-    for shape in options:
+    for shape, room in [(shape, room) for room in _rooms(recipe) for shape in options]:
         prediction = predict(recipe, shape)
-        if not prediction.fits:
+        if not prediction.fits or prediction.headroom_bytes < room:
             continue
         if measure is None:
             return _chosen(recipe, prediction, None)
@@ -108,6 +108,13 @@ def choose_seq_len(wanted: str | int, context_length: int, longest_document: int
     # cost memory and bring nothing.
     needed = 1 << max(4, (longest_document - 1).bit_length())
     return min(needed, context_length, LONGEST_AUTO)
+
+
+def _rooms(recipe: Recipe) -> tuple[int, ...]:
+    """Bytes to leave free; rather than refuse, none."""
+    if recipe.fit.micro_batch_size != "auto":
+        return (0,)
+    return (recipe.fit.headroom_bytes, 0)
 
 
 def _options(recipe: Recipe, seq_len: int) -> Iterator[BatchShape]:

@@ -114,8 +114,6 @@ def measure_here(rehearsal: Callable[[], Rehearsal], card: Any) -> Measurement:
         card.reset_peak_memory_stats()
         for _ in range(STEPS):
             rehearsed.step()
-        rehearsed.evaluate()
-        rehearsed.save()
         card.synchronize()
         started = time.perf_counter()
         for _ in range(_TIMED_STEPS):

@@ -39,7 +39,7 @@ from lowvram.target import card_here, limited
 # What may change between the parts of a resumed run: none of it changes what is learned.
 _FREE_KEYS = {
     "train": ("eval_every", "save_every", "log_every", "keep_last", "max_nonfinite_steps"),
-    "fit": ("micro_batch_size", "gradient_checkpointing", "vram"),
+    "fit": ("micro_batch_size", "gradient_checkpointing", "vram", "headroom"),
 }
 _FREE_SECTIONS = ("output_dir", "output_dtype")
 

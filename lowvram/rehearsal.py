@@ -63,6 +63,9 @@ class Rehearsal:
             self.evaluate()  # of the base, before anything is learned
         train_step(self.state, self.window)
         self.steps += 1
+        if self.steps == STEPS:
+            self.evaluate()
+            self.save()
 
     def evaluate(self) -> None:
         """As many full windows as one forward pass of an evaluation takes."""

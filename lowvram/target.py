@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from lowvram.errors import DeviceError
+from lowvram.errors import DeviceError, RecipeError
 from lowvram.memory import Card, card_in_machine, card_of_size, find_card
 from lowvram.memory.cards import System
 from lowvram.prediction import with_budget
@@ -22,7 +22,12 @@ def named_card(gpu: str | None, vram: str | None, system: System = "headless") -
     if gpu is not None:
         card = find_card(gpu)
         return with_budget(card, card.budget(system))
-    return None if vram is None else card_of_size(parse_size(vram))
+    if vram is None:
+        return None
+    try:
+        return card_of_size(parse_size(vram))
+    except ValueError as error:
+        raise RecipeError(f"--vram: found {vram!r}; {error}") from error
 
 
 def card_here() -> Card | None:

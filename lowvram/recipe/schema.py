@@ -56,6 +56,11 @@ def _auto_or_size(text: str) -> str:
     return text
 
 
+def _size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
 def _text_encoding(name: str) -> str:
     try:
         # codecs.lookup also finds codecs between bytes, such as hex; str.encode does not.
@@ -238,11 +243,19 @@ class FitSection(Section):
         Wanted("auto, or a size such as 12GiB, 12GB or 11500MiB"),
     ] = "auto"
     """Memory that the run may use on the card; auto takes what the card has."""
+    headroom: Annotated[
+        str, AfterValidator(_size), Wanted("a size such as 128MiB; 1MiB is next to nothing")
+    ] = "128MiB"
+    """Memory that auto leaves free, for what other programs may take meanwhile."""
 
     @property
     def vram_bytes(self) -> int | None:
         """None stands for auto."""
         return None if self.vram == "auto" else parse_size(self.vram)
+
+    @property
+    def headroom_bytes(self) -> int:
+        return parse_size(self.headroom)
 
 
 class EvaluateSection(Section):
