@@ -76,7 +76,23 @@ def test_recipes_of_the_readme_load(block: str, tmp_path: Path) -> None:
     assert load_recipe(str(path)).output_dir == "runs/my"
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+SIMULATING, PYTHON = (
+    [block for block in blocks("python") if ("lowvram.memory" in block) is simulates]
+    for simulates in (True, False)
+)
+
+
+@pytest.mark.parametrize("block", SIMULATING)
+def test_simulations_of_the_readme_run(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.pickle", "trace.html"}
+
+
+@pytest.mark.parametrize("block", PYTHON)
 def test_library_use_of_the_readme_names_what_is_there(block: str) -> None:
     compile(block, "README.md", "exec")
     names = set(re.findall(r"lowvram\.(\w+)", block))
