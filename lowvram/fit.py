@@ -62,10 +62,10 @@ def fit(
     if predict is None:
         return _for_cpu(recipe, seq_len)
     options = list(_options(recipe, seq_len))
-    refused: list[str] = []
+    refused: dict[BatchShape, str] = {}
     for shape, room in [(shape, room) for room in _rooms(recipe) for shape in options]:
         prediction = predict(recipe, shape)
-        if not prediction.fits or prediction.headroom_bytes < room:
+        if not prediction.fits or prediction.headroom_bytes < room or shape in refused:
             continue
         if measure is None:
             return _chosen(recipe, prediction, None)
@@ -73,12 +73,12 @@ def fit(
         reason = accepted(measurement, prediction.budget_bytes, smaller(recipe, shape, measure))
         if reason is None:
             return _chosen(recipe, prediction, measurement)
-        refused.append(f"{shape.micro_batch_size} x {shape.seq_len} tokens: {reason}")
+        refused[shape] = f"{shape.micro_batch_size} x {shape.seq_len} tokens: {reason}"
         if len(refused) == _MOST_TRIES:
             break
     if refused:
         raise DoesNotFit(
-            "the card refuses what should fit: " + "; ".join(refused) + ". Other programs may "
+            f"the card refuses what should fit: {'; '.join(refused.values())}. Other programs may "
             "have taken its memory meanwhile: see nvidia-smi, or set fit.vram to less than it has"
         )
     raise DoesNotFit(_refusal(recipe, predict, predict(recipe, options[-1])))

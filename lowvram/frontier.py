@@ -15,6 +15,9 @@ from lowvram.rehearsal import BatchShape
 MOST_ROWS = 4096
 """No search goes beyond."""
 _SHORTEST = 256
+# Memory that grows in steps, or only from some number of rows on, can keep a line from ever
+# getting close; so after this many tries, each takes half of what is open.
+_BY_LINE = 8
 
 
 def sequence_lengths(context_length: int) -> list[int]:
@@ -73,14 +76,15 @@ def largest(
     worst: Prediction | None = None
     if not first.fits:
         return first
-    rows = max(4, near)
+    rows, tries = max(4, near), 0
     while (worst is None or _rows(worst) > _rows(best) + 1) and _rows(best) < MOST_ROWS:
         tried = at(rows)
         if tried.fits:
             best = tried
         else:
             worst = tried
-        rows = _next(first, tried, best, worst)
+        tries += 1
+        rows = _next(first, best, worst, by_line=tries < _BY_LINE)
     return best
 
 
@@ -88,11 +92,18 @@ def _rows(prediction: Prediction) -> int:
     return prediction.shape.micro_batch_size
 
 
-def _next(first: Prediction, tried: Prediction, best: Prediction, worst: Prediction | None) -> int:
-    """Where a straight line through two points meets the budget, within what is still open."""
-    slope = (tried.reserved_bytes - first.reserved_bytes) / (_rows(tried) - _rows(first))
-    guess = 2 * _rows(best)
-    if slope > 0:
-        guess = _rows(first) + int(first.headroom_bytes / slope)
+def _next(first: Prediction, best: Prediction, worst: Prediction | None, *, by_line: bool) -> int:
+    """Where a straight line meets the budget, or half of what is still open.
+
+    The line is that through what is known on both sides of the budget, or below it.
+    """
+    low, high = (first, best) if worst is None else (best, worst)
+    slope = (high.reserved_bytes - low.reserved_bytes) / (_rows(high) - _rows(low))
+    if by_line and slope > 0:
+        guess = _rows(low) + int(low.headroom_bytes / slope)
+    elif worst is None:
+        guess = 4 * _rows(best)
+    else:
+        guess = (_rows(best) + _rows(worst)) // 2
     upper = MOST_ROWS if worst is None else _rows(worst) - 1
     return min(max(guess, _rows(best) + 1), upper)

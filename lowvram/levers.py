@@ -60,7 +60,7 @@ Change = tuple[dict[str, Any], BatchShape, str]
 
 
 def _changes(recipe: Recipe, shape: BatchShape) -> Iterator[Change]:
-    yield from _of_shape(shape)
+    yield from _of_shape(shape, recipe.train.global_batch_size)
     if not recipe.train.chunked_loss:
         yield {"train.chunked_loss": True}, shape, "nothing: the same loss, without all logits"
     if not recipe.model.fused_gelu:
@@ -83,7 +83,7 @@ def _changes(recipe: Recipe, shape: BatchShape) -> Iterator[Change]:
         yield {"train.optimizer": "paged_adamw8bit"}, shape, "states may wait in host memory"
 
 
-def _of_shape(shape: BatchShape) -> Iterator[Change]:
+def _of_shape(shape: BatchShape, global_batch_size: int) -> Iterator[Change]:
     if not shape.gradient_checkpointing:
         smaller = dataclasses.replace(shape, gradient_checkpointing=True)
         yield (
@@ -92,7 +92,8 @@ def _of_shape(shape: BatchShape) -> Iterator[Change]:
             "a second forward pass: about a third more time",
         )
     if shape.micro_batch_size > 1:
-        rows = shape.micro_batch_size // 2
+        half = shape.micro_batch_size // 2
+        rows = next(rows for rows in range(half, 0, -1) if global_batch_size % rows == 0)
         yield (
             {"fit.micro_batch_size": rows},
             dataclasses.replace(shape, micro_batch_size=rows),

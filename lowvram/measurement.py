@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -52,7 +53,9 @@ Measure = Callable[[Recipe, BatchShape], Measurement]
 
 def measure(recipe: Recipe, shape: BatchShape) -> Measurement:
     """In a new process. Raises DeviceError for what is neither a measurement nor memory."""
-    request = json.dumps({"recipe": recipe.model_dump(mode="json"), "shape": asdict(shape)})
+    # Only what is set: some keys may not be, with method.name: full.
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    request = json.dumps({"recipe": values, "shape": asdict(shape)})
     try:
         process = subprocess.run(
             [sys.executable, "-m", "lowvram.measurement"],
@@ -67,10 +70,17 @@ def measure(recipe: Recipe, shape: BatchShape) -> Measurement:
     lines = process.stdout.strip().splitlines()
     if process.returncode == 0 and lines:
         return Measurement(**json.loads(lines[-1]))
-    reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    reason = last_error(process.stderr) or f"exit code {process.returncode}"
     raise DeviceError(
         f"measuring {shape.micro_batch_size} x {shape.seq_len} tokens on the card failed: {reason}"
     )
+
+
+def last_error(text: str) -> str | None:
+    """What a process died of: CUDA's errors go on with advice for debugging."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return next(reversed(errors or lines), None)
 
 
 def accepted(
@@ -108,8 +118,8 @@ def spills() -> bool:
 
 def measure_here(rehearsal: Callable[[], Rehearsal], card: Any) -> Measurement:
     """In this process. `card` is `torch.cuda`, or stands for it."""
-    free_before, _ = card.mem_get_info()
     try:
+        free_before, _ = card.mem_get_info()
         rehearsed = rehearsal()
         card.reset_peak_memory_stats()
         for _ in range(STEPS):
@@ -122,7 +132,7 @@ def measure_here(rehearsal: Callable[[], Rehearsal], card: Any) -> Measurement:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Measurement(fits=False, error=str(error).splitlines()[0])
+        return Measurement(fits=False, error=(str(error) or "out of memory").splitlines()[0])
     seconds = (time.perf_counter() - started) / _TIMED_STEPS
     free_after, _ = card.mem_get_info()
     tokens = sum(batch.tokens for batch in rehearsed.window)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import multiprocessing
 import os
+import pickle
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from lowvram.build import choose_numerics
+from lowvram.errors import DeviceError
 from lowvram.memory import Card, MemoryTrace, simulate
 from lowvram.memory.device import simulated_device
 from lowvram.recipe import Recipe
@@ -115,7 +119,50 @@ def _somewhere() -> Iterator[Callable[[Card, Recipe, BatchShape], Prediction]]:
     if not torch.cuda.is_available():
         yield predict
         return
-    context = multiprocessing.get_context("spawn")
-    hidden = functools.partial(os.environ.__setitem__, "CUDA_VISIBLE_DEVICES", "")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=hidden) as executor:
-        yield lambda *args: executor.submit(predict, *args).result()
+    # Libraries look for a card as they are imported, so it has to be hidden before.
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", "from lowvram.prediction import answer; answer()"]
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=hidden) as process,
+    ):
+        yield functools.partial(_ask, process, said)
+
+
+def _ask(process: subprocess.Popen[bytes], said: IO[bytes], *question: Any) -> Prediction:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        pickle.dump(question, process.stdin)
+        process.stdin.flush()
+        found: Prediction | Exception = pickle.load(process.stdout)
+    except (EOFError, OSError):
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # what is left in its buffer has nowhere to go
+        code = process.wait()
+        said.seek(0)
+        lines = said.read().decode(errors="replace").split("\n")
+        reason = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+        raise DeviceError(f"the process that simulates has ended: {reason.strip()}") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def answer() -> None:
+    """The other end of `_ask`: predictions, or errors, until nobody asks any more."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # libraries that print must not mix with the answers
+    while True:
+        try:
+            question = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        found: Prediction | Exception
+        try:
+            found = predict(*question)
+        except Exception as error:
+            found = error
+        pickle.dump(found, answers)
+        answers.flush()

@@ -11,7 +11,7 @@ from lowvram.errors import DoesNotFit, LowVRAMError, RecipeError
 from lowvram.fit import Fit, choose_seq_len, fit
 from lowvram.frontier import frontier, sequence_lengths
 from lowvram.levers import Lever, levers
-from lowvram.measurement import Measure, Measurement, accepted
+from lowvram.measurement import Measure, Measurement, accepted, smaller
 from lowvram.memory import Card
 from lowvram.model import context_length, known_config
 from lowvram.prediction import Prediction, predictor
@@ -135,13 +135,16 @@ def ask(
             )
             prediction = predict(recipe, shape)
         found = levers(recipe, predict, prediction)
-    measured = measure(recipe, shape) if measure is not None and prediction.fits else None
+    measured, refused = None, None
+    if measure is not None and prediction.fits:
+        measured = measure(recipe, shape)
+        refused = accepted(measured, card.budget(), smaller(recipe, shape, measure))
     return Answer(
         card=card,
         prediction=prediction,
         levers=found,
         measurement=measured,
-        refused=None if measured is None else accepted(measured, card.budget()),
+        refused=refused,
     )
 
 
@@ -166,9 +169,9 @@ def _asked(
     recipe: Recipe, positions: int, seq_len: int | None, micro_batch_size: int | None
 ) -> BatchShape:
     wanted = recipe.fit
-    length = choose_seq_len(seq_len or wanted.max_seq_len, positions, positions)
-    if length < 2:
-        raise RecipeError(f"--seq-len: found {length}, allowed 2 to {positions}")
+    if seq_len is not None and not 2 <= seq_len <= positions:
+        raise RecipeError(f"--seq-len: found {seq_len}, the model allows 2 to {positions}")
+    length = seq_len or choose_seq_len(wanted.max_seq_len, positions, positions)
     rows = micro_batch_size or wanted.micro_batch_size
     return BatchShape(
         micro_batch_size=recipe.train.global_batch_size if rows == "auto" else rows,

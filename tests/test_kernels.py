@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowvram.memory.kernels import (
-    _KERNELS,
+    KERNELS,
     NOTHING,
     Scratch,
     Target,
@@ -45,7 +45,7 @@ def take(op: Any, *args: Any, card: Target = RTX_4070_TI, **kwargs: Any) -> Scra
 
 
 def test_every_name_is_an_operator() -> None:
-    for name in _KERNELS:
+    for name in KERNELS:
         assert hasattr(aten, name.removeprefix("aten::")), name
 
 

@@ -13,12 +13,14 @@ registered for it is inert without tensors on it. A tensor on the CPU keeps its 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +28,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from lowvram.errors import DeviceError
+from lowvram.memory import values
 from lowvram.memory.kernels import Target, output_bytes, output_order
+from lowvram.memory.measure import SIMULATED
 
-NAME = "simulated"
+NAME = SIMULATED
 
 _aten = torch.ops.aten
 _C: Any = torch._C
@@ -216,6 +220,40 @@ def _claim() -> None:
     bitsandbytes = torch.library.Library("bitsandbytes", "IMPL")
     register_quantized(bitsandbytes)
     _libraries.extend((library, others, bitsandbytes))
+    _start_backward_thread()
+
+
+def _start_backward_thread() -> None:
+    """autograd starts a thread for each device at the first backward pass of a process.
+
+    If that has been, before it could know of this device, its function to do so is called again.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        one = torch.ones(1, device=NAME, requires_grad=True)
+        try:
+            one.backward()
+        except RuntimeError as error:
+            if "device_ready_queues_" not in str(error):
+                raise
+            _start_thread_now()
+            one.backward()
+
+
+def _start_thread_now() -> None:
+    """torch/csrc/autograd/engine.h, Engine::start_device_threads."""
+    try:
+        name = "libtorch_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        default_engine = torch_cpu._ZN5torch8autograd6Engine18get_default_engineEv
+        start_threads = torch_cpu._ZN5torch8autograd6Engine20start_device_threadsEv
+    except (OSError, AttributeError) as error:
+        raise DeviceError(
+            "a backward pass has run in this process before the first simulation, and torch cannot "
+            "add a device after that; simulate first, or in a process of its own"
+        ) from error
+    default_engine.restype = ctypes.c_void_p
+    start_threads.argtypes, start_threads.restype = [ctypes.c_void_p], None
+    start_threads(default_engine())
 
 
 _OVER_COMPOSITES = """
@@ -328,27 +366,36 @@ _METADATA_ONLY: list[OpOverload] = [
     _aten.is_set_to.default,
 ]
 
-# What reads values, or copies them to the CPU. All values here are zero.
+# What reads values, or copies them to the CPU. What is not known is zero.
 
 
 def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
-    """Between devices too. A copy to the CPU gives zeros."""
-    _listener.before(_aten.copy_.default, (self, src, non_blocking), {}, (self,))
+    """Between devices too."""
+    if self.numel() == 0:  # also of parameters that have no shape yet
+        return self
+    op, args = _aten.copy_.default, (self, src, non_blocking)
+    _listener.before(op, args, {}, (self,))
     if self.device.type == "cpu":
-        self.zero_()
-    _listener.after(_aten.copy_.default, (self,))
+        found = values.known(src)
+        self.zero_() if found is None else self.copy_(found)
+    else:
+        values.follow_write(op, args, {}, (self,), is_out=False)
+    _listener.after(op, (self,))
     return self
 
 
 def _item(self: Tensor) -> Any:
-    """False takes the branch that a mask is needed and that no value is infinite."""
-    if self.dtype == torch.bool:
-        return False
-    return 0.0 if self.dtype.is_floating_point else 0
+    found = values.known(self)
+    return (torch.zeros((), dtype=self.dtype) if found is None else found).item()
 
 
 def _equal(self: Tensor, other: Tensor) -> bool:
-    return False
+    """As native/cuda/Equal.cpp does it."""
+    if self.shape != other.shape:
+        return False
+    if self is other or self.numel() == 0:
+        return True
+    return bool((self == other).all().item())
 
 
 def _add(self: Tensor, other: Tensor, *, alpha: Any = 1) -> Tensor:
@@ -359,8 +406,9 @@ def _add(self: Tensor, other: Tensor, *, alpha: Any = 1) -> Tensor:
     as a holder, so that autograd asks for a new tensor; a card would not be asked.
     """
     if _is_accumulating() and self.shape == other.shape and self.dtype == other.dtype:
-        for tensor in (self, other):
+        for tensor in (self,):
             if _has_one_holder(tensor):
+                values.forget(tensor)
                 return _alias(tensor)
     return _kernel(_aten.add.Tensor, self, other, alpha=alpha)  # type: ignore[no-any-return]
 
@@ -430,7 +478,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 
 
 class Signature:
-    """Of an operator: which arguments it writes to."""
+    """Of an operator: which arguments it writes to, and what its outputs depend on."""
 
     def __init__(self, op: OpOverload) -> None:
         arguments = op._schema.arguments
@@ -440,6 +488,7 @@ class Signature:
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         self.returns = len(op._schema.returns)
+        self.has_dynamic_shape = torch.Tag.dynamic_output_shape in op.tags
 
     def targets(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         return [
@@ -459,10 +508,14 @@ def _kernel(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     signature = _signatures.get(op) or _signatures.setdefault(op, Signature(op))
     if signature.written:
         return _write(op, signature, args, kwargs)
-    shapes = _shapes_of(op, args, kwargs)
+    shapes = values.computed(op, args, kwargs) if signature.has_dynamic_shape else None
+    if shapes is None:
+        shapes = _shapes_of(op, args, kwargs)
     _listener.before(op, args, kwargs, tensors_in(shapes))
     result = _made(shapes, output_order(op))
-    _listener.after(op, tensors_in(result))
+    outputs = tensors_in(result)
+    values.follow(op, args, kwargs, outputs)
+    _listener.after(op, outputs)
     return result
 
 
@@ -478,6 +531,7 @@ def _write(
                 _resize(out, shape.shape)
     writes_all = signature.returns in (0, len(targets))
     _listener.before(op, args, kwargs, outputs)
+    values.follow_write(op, args, kwargs, outputs, is_out=signature.written[0][2])
     # Some write to one tensor and return another.
     result = None if writes_all else _made(_shapes_of(op, args, kwargs))
     _listener.after(op, outputs)
@@ -583,6 +637,52 @@ def _unique(self: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return torch.empty(n, dtype=self.dtype, device=_META), index.view(self.shape), index
 
 
+def _log_sigmoid(self: Tensor) -> tuple[Tensor, Tensor]:
+    """native/cuda/Activation.cpp: without the buffer that the CPU keeps for its backward pass."""
+    return torch.empty_like(self), self.new_empty(0)
+
+
+def _grouped_product(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """GroupedMMUtils.h, create_grouped_gemm_output_tensor: rows begin at multiples of 16 bytes.
+
+    torch's own shape function knows bf16 only.
+    """
+    dtype = out_dtype or a.dtype
+    rows, columns = a.size(-2), b.size(-1)
+    row_stride = -(-columns * dtype.itemsize // 16) * 16 // dtype.itemsize
+    if a.dim() != b.dim():
+        size, stride = [rows, columns], [row_stride, 1]
+    else:
+        groups = a.size(0) if a.dim() == 3 else _size(offsets)
+        size, stride = [groups, rows, columns], [rows * row_stride, row_stride, 1]
+    return torch.empty_strided(size, stride, dtype=dtype, device=_META)
+
+
+def _size(vector: Tensor | None) -> int:
+    return 0 if vector is None else vector.numel()
+
+
+def _gru_cell(
+    input_gates: Tensor, hidden_gates: Tensor, hidden: Tensor, *biases: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """native/cuda/RNN.cu, _thnn_fused_gru_cell_cuda: the new state, and what backward needs."""
+    return torch.empty_like(hidden), hidden.new_empty(hidden.size(0), hidden.size(1) * 5)
+
+
+def _gru_cell_backward(
+    grad: Tensor, workspace: Tensor, has_bias: bool
+) -> tuple[Tensor | None, ...]:
+    gates = [workspace.new_empty(grad.size(0), grad.size(1) * 3) for _ in range(2)]
+    biases = [gate.sum(0) if has_bias else None for gate in gates]
+    return *gates, torch.empty_like(grad), *biases
+
+
 def _convolution(*args: Any) -> Tensor:
     return _aten.convolution.default(*args)  # type: ignore[no-any-return]
 
@@ -597,6 +697,10 @@ _SHAPES: dict[OpOverload, Callable[..., Any]] = {
     _aten.nonzero.default: _nonzero,
     _aten.masked_select.default: _masked_select,
     _aten._unique2.default: _unique,
+    _aten.log_sigmoid_forward.default: _log_sigmoid,
+    _aten._grouped_mm.default: _grouped_product,
+    _aten._thnn_fused_gru_cell.default: _gru_cell,
+    _aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
     _aten.convolution_overrideable.default: _convolution,
     _aten.convolution_backward_overrideable.default: _convolution_backward,
 }

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowvram.memory import values
+
 _FUSED_ROWS = 4
 """Up to here a 4-bit product reads the weight as it is; above, bitsandbytes chooses by card, and
 this module takes what it does from 1,536 rows on: a 16-bit copy of the weight, then a product."""
@@ -146,6 +148,9 @@ def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Any, ...]:
 
 def _in_place(*args: Any, **kwargs: Any) -> None:
     """Writes to what it is given, and takes nothing."""
+    for tensor in (*args, *kwargs.values()):
+        if isinstance(tensor, Tensor):
+            values.forget(tensor)
 
 
 _KERNELS: dict[str, Callable[..., Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from array import array
@@ -24,7 +25,7 @@ from torch.optim.optimizer import (
 
 from lowvram.memory.allocator import CachingAllocator, OutOfMemory
 from lowvram.memory.cards import Card
-from lowvram.memory.device import listen, simulated_device, tensors_in
+from lowvram.memory.device import NAME, listen, simulated_device, tensors_in
 from lowvram.memory.kernels import (
     NOTHING,
     Target,
@@ -47,8 +48,6 @@ _USES_CUBLAS = {
         "mm addmm _addmm_activation bmm baddbmm addbmm addmv addmv_ mv dot vdot _int_mm _scaled_mm"
     ).split()
 }
-
-
 _USES_CUBLAS_LT = {"aten::addmm", "aten::_addmm_activation"}
 
 
@@ -86,9 +85,14 @@ def simulate(
             for _ in range(steps):
                 with tracer.step():
                     step(state)
+                if tracer.doomed:
+                    break
         except torch.OutOfMemoryError:
             if tracer.shortage is None:
                 raise
+        else:
+            if not tracer.doomed:
+                tracer.shortage = None  # the code has coped with it
         tracer.close()
     return tracer.trace()
 
@@ -107,23 +111,24 @@ class Tracer:
         self.total_bytes = _UNLIMITED if card is None else card.budget()
         self.compute_capability = self.target.compute_capability
         self.shortage: Shortage | None = None
+        self.doomed = False
+        """Whether memory has run out and nobody has been told yet."""
         self._allocator = CachingAllocator(
             None if card is None else self.total_bytes, on_segment=self._on_segment
         )
         self._blocks: list[Block] = []
         self._events: list[tuple[Any, ...]] = []
         self._allocated, self._reserved = array("q"), array("q")
-        self._turns: list[int] = []
         self._steps: list[Step] = []
         self._live: dict[int, int] = {}  # block numbers by address
         self._refs: dict[int, _Ref] = {}
         self._workspaces: set[int] = set()  # threads that have a cuBLAS handle
         self._op = ""
+        self._nowhere = itertools.count(1 << 60)
         self._scratch = NOTHING
         self._temporaries: list[int | None] = []
         self._modules = Modules(self._on_root)
         self._optimizing = self._building = False
-        self._backward_seen = False
         self._closed = False
 
     # What `torch.cuda` answers
@@ -155,6 +160,8 @@ class Tracer:
     def allocate(self, size_bytes: int) -> int:
         if size_bytes == 0 or self._closed:
             return 0
+        if self.doomed:
+            return self._fail_when_back()
         try:
             address = self._allocator.malloc(size_bytes)
         except OutOfMemory as error:
@@ -162,10 +169,11 @@ class Tracer:
                 step=len(self._steps) + (not self._building),
                 phase=self._phase(),
                 module=self._modules.current(),
-                op=self._op,
+                op=self._op or "aten::empty",
                 message=str(error),
             )
-            raise torch.OutOfMemoryError(str(error)) from None
+            self.doomed = True
+            return self._fail_when_back()
         number = len(self._blocks)
         block = Block(
             size_bytes,
@@ -181,6 +189,18 @@ class Tracer:
         self._live[address] = number
         self._record(("A", number, size_bytes, address))
         return address
+
+    def _fail_when_back(self) -> int:
+        """Raise what a card would, but not through autograd's engine.
+
+        An error on its way from a recomputation through C++ ends the process, so there the rest of
+        the backward pass gets what is not there, uncounted.
+        """
+        if _C._current_graph_task_id() != -1:
+            return next(self._nowhere)
+        self.doomed = False
+        assert self.shortage is not None
+        raise torch.OutOfMemoryError(self.shortage.message)
 
     def watch(self, storage: torch.UntypedStorage, address: int) -> None:
         reference = _Ref(storage, self._on_end)
@@ -202,9 +222,15 @@ class Tracer:
             self._ensure_workspace(op)
         while self._temporaries:
             self._free(self._temporaries.pop() or 0)
+        self._op = ""
         for output in outputs:
+            number = self._live.get(output.untyped_storage().data_ptr())
+            if number is None:
+                continue
+            block = self._blocks[number]
+            block.op = block.op or op._name  # many operators get their outputs ready made
             if output.dim() and output.shape[-1] == self._modules.vocabulary:
-                self._assign("logits and loss", output, over=False)
+                block.category = block.category or "logits and loss"
 
     def made_by_python(self, tensor: Tensor) -> bool:
         number = self._live.get(tensor.untyped_storage().data_ptr())
@@ -220,7 +246,7 @@ class Tracer:
 
     def _allocate_as(self, category: Category, size_bytes: int) -> int:
         address = self.allocate(size_bytes)
-        if address:
+        if address in self._live:
             self._blocks[self._live[address]].category = category
         return address
 
@@ -239,10 +265,10 @@ class Tracer:
             self._free(reference.address)  # type: ignore[attr-defined]
 
     def _free(self, address: int) -> None:
-        if not address:
-            return
-        number = self._live.pop(address)
         self._refs.pop(address, None)
+        number = self._live.pop(address, None)
+        if number is None:
+            return
         self._allocator.free(address)
         block = self._blocks[number]
         block.end, block.end_phase = len(self._events), self._phase()
@@ -323,10 +349,17 @@ class Tracer:
             adapts = frozen and parameter.requires_grad
             self._assign("adapters" if adapts else "base weights", parameter)
 
-    def _assign(self, category: Category, value: Any, *, over: bool = True) -> None:
+    def _assign(self, category: Category, value: Any) -> None:
         for tensor in tensors_in(value):
-            number = self._live.get(tensor.untyped_storage().data_ptr())
-            if number is not None and (over or self._blocks[number].category is None):
+            if tensor.device.type != NAME:
+                continue
+            try:
+                address = tensor.untyped_storage().data_ptr()
+            # A wrapper of torch.func has no storage, and neither has a lazy parameter yet.
+            except (NotImplementedError, ValueError):
+                continue
+            number = self._live.get(address)
+            if number is not None:
                 self._blocks[number].category = category
 
     def close(self) -> None:
