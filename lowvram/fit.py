@@ -121,7 +121,8 @@ def _options(recipe: Recipe, seq_len: int) -> Iterator[BatchShape]:
     """Shapes that the recipe allows, the best first.
 
     As many rows as divide the global batch, the more the better. Without checkpointing as long as
-    a forward pass is of a useful size, then with it.
+    a forward pass is of a useful size, then with it, then where it allows more rows. What takes
+    least is the last.
     """
     size, wanted = recipe.train.global_batch_size, recipe.fit
     rows = [n for n in range(size, 0, -1) if size % n == 0]
@@ -129,16 +130,10 @@ def _options(recipe: Recipe, seq_len: int) -> Iterator[BatchShape]:
         rows = [wanted.micro_batch_size]
     useful = min(rows[0], -(-_USEFUL_TOKENS // seq_len))
     if wanted.gradient_checkpointing == "auto":
-        order = (
-            [(n, False) for n in rows if n >= useful]
-            + [(n, True) for n in rows]
-            + [(n, False) for n in rows if n < useful]
-        )
+        order = [(n, checkpointing) for checkpointing in (False, True) for n in rows if n >= useful]
+        order += [(n, checkpointing) for n in rows if n < useful for checkpointing in (False, True)]
     else:
         order = [(n, wanted.gradient_checkpointing) for n in rows]
-    # Last what takes least, since a refusal starts from there.
-    if wanted.gradient_checkpointing == "auto":
-        order.append((rows[-1], True))
     for n, checkpointing in order:
         yield BatchShape(micro_batch_size=n, seq_len=seq_len, gradient_checkpointing=checkpointing)
 

@@ -132,7 +132,8 @@ def measure_here(rehearsal: Callable[[], Rehearsal], card: Any) -> Measurement:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Measurement(fits=False, error=(str(error) or "out of memory").splitlines()[0])
+        said = str(error) or "out of memory"
+        return Measurement(fits=False, error=said.splitlines()[0].split(". ")[0])
     seconds = (time.perf_counter() - started) / _TIMED_STEPS
     free_after, _ = card.mem_get_info()
     tokens = sum(batch.tokens for batch in rehearsed.window)

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from click.testing import CliRunner
+from fakes import MIB, FakeMeasure, FakePredict, forbid, measurement, put_card, save_without_weights
 
-from lowvram.errors import RecipeError
-from lowvram.fit import Fit, fit
+from lowvram.cli import main
+from lowvram.errors import DoesNotFit, RecipeError
+from lowvram.fit import Fit, choose_seq_len, fit, with_shape
+from lowvram.measurement import Measurement
+from lowvram.memory import card_of_size
+from lowvram.prediction import predictor
+from lowvram.recipe import Recipe, parse_set
+from lowvram.recipe.loading import with_overrides
+from lowvram.rehearsal import BatchShape
 
-CPU = torch.device("cpu")
-CARD = torch.device("cuda", 0)
-SMALL, LARGE = 124_000_000, 1_558_000_000
+MakeRecipe = Callable[..., Recipe]
 
 
-def shape(recipe: Any, **changes: Any) -> Fit:
-    given = {
-        "context_length": 1024,
-        "longest_document": 5000,
-        "parameters": SMALL,
-        "device": CPU,
-    }
-    return fit(recipe, **(given | changes))
+def choose(recipe: Recipe, **changes: Any) -> Fit:
+    return fit(recipe, **({"context_length": 1024, "longest_document": 5000} | changes))
+
+
+def taken(found: Fit | BatchShape) -> tuple[int, bool]:
+    return found.micro_batch_size, found.gradient_checkpointing
+
+
+# --- the length of rows ---------------------------------------------------------------------------
 
 
 def test_more_tokens_than_positions_are_refused_before_anything_is_loaded(
-    make_recipe: Any,
+    make_recipe: MakeRecipe,
 ) -> None:
     recipe = make_recipe(**{"fit.max_seq_len": 2048})
     with pytest.raises(RecipeError) as error:
-        shape(recipe)
+        choose(recipe)
     assert str(error.value) == (
         "fit.max_seq_len: found 2048, the model has 1024 positions; allowed 2 to 1024"
     )
@@ -38,56 +48,370 @@ def test_more_tokens_than_positions_are_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize(
     ("longest", "context", "expected"),
-    [(5000, 1024, 1024), (5000, 131072, 1024), (100, 1024, 128), (128, 1024, 128), (3, 64, 16)],
+    [
+        (5000, 1024, 1024),
+        (5000, 131072, 1024),
+        (600, 1000, 1000),
+        (100, 1024, 128),
+        (128, 1024, 128),
+        (129, 1024, 256),
+        (3, 64, 16),
+        (1, 8, 8),
+    ],
 )
 def test_rows_are_as_long_as_the_data_needs(
-    make_recipe: Any, longest: int, context: int, expected: int
+    make_recipe: MakeRecipe, longest: int, context: int, expected: int
 ) -> None:
-    found = shape(make_recipe(), longest_document=longest, context_length=context)
+    """The next power of two from 16 on, up to the model's limit and 1024."""
+    found = choose(make_recipe(), longest_document=longest, context_length=context)
     assert found.max_seq_len == expected
+    assert choose_seq_len("auto", context, longest) == expected
+
+
+def test_longer_rows_have_to_be_asked_for(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(**{"fit.max_seq_len": 2000})
+    assert choose(recipe, context_length=131072).max_seq_len == 2000
+
+
+# --- on a CPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 12, 30, 32])
-def test_the_micro_batch_divides_the_global_one(make_recipe: Any, size: int) -> None:
-    found = shape(make_recipe(**{"train.global_batch_size": size}))
+def test_the_micro_batch_of_a_cpu_divides_the_global_one(
+    make_recipe: MakeRecipe, size: int
+) -> None:
+    found = choose(make_recipe(**{"train.global_batch_size": size}))
     assert found.micro_batch_size * found.gradient_accumulation_steps == size
     assert found.micro_batch_size * found.max_seq_len <= 2048
-    assert "by rule of thumb, not measured" in found.reason
+    assert found.reason == "on a CPU, up to 2,048 tokens at a time"
+    assert found.gradient_checkpointing is False
+    assert found.predicted_reserved_bytes is None
+    assert found.measurement is None
 
 
-def test_less_memory_and_larger_models_get_smaller_batches(make_recipe: Any) -> None:
-    def micro(vram: str, parameters: int) -> int:
-        recipe = make_recipe(**{"train.global_batch_size": 64, "fit.vram": vram})
-        return shape(recipe, parameters=parameters, device=CARD).micro_batch_size
-
-    assert micro("12GiB", SMALL) == 8
-    assert micro("24GiB", SMALL) == 16
-    assert micro("6GiB", SMALL) == 4
-    assert micro("12GiB", LARGE) == 1
-
-
-@pytest.mark.parametrize(
-    ("device", "parameters", "expected"),
-    [(CARD, SMALL, False), (CARD, LARGE, True), (CPU, LARGE, False)],
-)
-def test_large_models_on_a_card_are_recomputed(
-    make_recipe: Any, device: torch.device, parameters: int, expected: bool
-) -> None:
-    recipe = make_recipe(**{"fit.vram": "12GiB"})
-    found = shape(recipe, device=device, parameters=parameters)
-    assert found.gradient_checkpointing is expected
-
-
-def test_what_the_recipe_says_stays(make_recipe: Any) -> None:
+def test_what_the_recipe_says_stays(make_recipe: MakeRecipe) -> None:
     settings = {
         "fit.micro_batch_size": 2,
         "fit.max_seq_len": 48,
         "fit.gradient_checkpointing": True,
     }
-    assert shape(make_recipe(**settings), parameters=LARGE) == Fit(
+    assert choose(make_recipe(**settings)) == Fit(
         micro_batch_size=2,
         max_seq_len=48,
         gradient_checkpointing=True,
         gradient_accumulation_steps=2,
         reason="as the recipe says",
     )
+
+
+# --- on a card: 500 MiB, and for a row 1000 MiB or, with checkpointing, 300 MiB -------------------
+
+
+def cost(shape: BatchShape) -> int:
+    a_row = 300 if shape.gradient_checkpointing else 1000
+    return (500 + a_row * shape.micro_batch_size) * MIB
+
+
+def budget(mib: int) -> dict[str, Any]:
+    return {"predict": FakePredict(cost, mib * MIB)}
+
+
+@pytest.mark.parametrize(
+    ("mib", "expected"),
+    [
+        (40_000, (32, False)),
+        (32_628, (32, False)),  # 128 MiB to spare, as fit.headroom says
+        (32_627, (16, False)),
+        (9_000, (8, False)),
+        (4_700, (4, False)),  # 4 rows of 1,024 tokens keep a card busy; fewer do not
+        (4_500, (8, True)),
+        (2_700, (4, True)),
+        (1_700, (2, True)),
+        (1_300, (2, True)),
+        (1_000, (1, True)),
+    ],
+)
+def test_the_largest_rows_without_checkpointing_as_long_as_they_keep_a_card_busy(
+    make_recipe: MakeRecipe, mib: int, expected: tuple[int, bool]
+) -> None:
+    recipe = make_recipe(**{"train.global_batch_size": 32})
+
+    found = choose(recipe, **budget(mib))
+
+    assert taken(found) == expected
+    assert found.micro_batch_size * found.gradient_accumulation_steps == 32
+    assert found.predicted_reserved_bytes is not None
+    assert found.predicted_reserved_bytes <= mib * MIB == found.budget_bytes
+    assert found == choose(recipe, **budget(mib))
+
+
+@pytest.mark.parametrize(("rows", "mib"), [(8, 8_628), (2, 2_628), (1, 1_628)])
+def test_checkpointing_is_not_used_where_it_allows_no_more_rows(
+    make_recipe: MakeRecipe, rows: int, mib: int
+) -> None:
+    recipe = make_recipe(**{"train.global_batch_size": rows})
+    useless = FakePredict(lambda shape: (500 + 1000 * shape.micro_batch_size) * MIB, mib * MIB)
+
+    assert taken(choose(recipe, **budget(mib))) == (rows, False)
+    assert taken(choose(recipe, predict=useless)) == (rows, False)
+    smaller = make_recipe(**{"train.global_batch_size": 8 * rows})
+    assert taken(choose(smaller, predict=useless)) == (rows, False)
+
+
+@pytest.mark.parametrize("size", [1, 6, 7, 30, 36])
+def test_only_divisors_of_the_global_batch_are_tried(make_recipe: MakeRecipe, size: int) -> None:
+    predict = FakePredict(cost, 700 * MIB)
+    recipe = make_recipe(**{"train.global_batch_size": size})
+
+    with pytest.raises(DoesNotFit):
+        choose(recipe, predict=predict)
+
+    shapes = {shape.micro_batch_size for shape in predict.asked}
+    assert shapes == {rows for rows in range(1, size + 1) if size % rows == 0}
+
+
+def test_short_rows_may_be_many(make_recipe: MakeRecipe) -> None:
+    """A pass of 64 rows of 64 tokens is as busy as one of 4 rows of 1,024."""
+    recipe = make_recipe(**{"train.global_batch_size": 256})
+
+    found = choose(recipe, longest_document=64, **budget(63_000))
+
+    assert (found.max_seq_len, taken(found)) == (64, (128, True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "mib", "expected"),
+    [
+        ({"fit.micro_batch_size": 4}, 4_500, (4, False)),  # with nothing to spare
+        ({"fit.micro_batch_size": 4}, 4_499, (4, True)),
+        ({"fit.micro_batch_size": 4}, 90_000, (4, False)),
+        ({"fit.gradient_checkpointing": True}, 90_000, (32, True)),
+        ({"fit.gradient_checkpointing": False}, 3_000, (2, False)),
+        ({"fit.gradient_checkpointing": False, "fit.micro_batch_size": 1}, 1_500, (1, False)),
+        ({"fit.headroom": "1MiB"}, 32_501, (32, False)),
+        ({"fit.headroom": "2GiB"}, 32_501, (16, False)),
+        ({"fit.headroom": "8GiB"}, 900, (1, True)),  # rather than refuse, nothing is left free
+    ],
+)
+def test_what_the_recipe_pins_is_respected(
+    make_recipe: MakeRecipe, settings: dict[str, Any], mib: int, expected: tuple[int, bool]
+) -> None:
+    recipe = make_recipe(**{"train.global_batch_size": 32}, **settings)
+
+    assert taken(choose(recipe, **budget(mib))) == expected
+
+
+def test_a_fit_says_what_it_found_and_pins_it(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(**{"train.global_batch_size": 32})
+
+    found = choose(recipe, **budget(9_216))
+
+    assert found.reason == "predicted peak 8.30 GiB of 9.00 GiB"
+    assert found.predicted_allocated_bytes == 8_499 * MIB
+    pinned = with_shape(recipe, found)
+    assert pinned.fit.micro_batch_size == 8
+    assert pinned.fit.max_seq_len == 1024
+    assert pinned.fit.gradient_checkpointing is False
+    assert taken(choose(pinned, **budget(9_216))) == (8, False)
+
+
+# --- measured on the card -------------------------------------------------------------------------
+
+
+def test_the_shape_is_tried_on_the_card(make_recipe: MakeRecipe) -> None:
+    """Prediction and card agree: one try, and no larger shape would have fitted."""
+    recipe = make_recipe(**{"train.global_batch_size": 32})
+    measure = FakeMeasure(cost, 9_000 * MIB)
+
+    found = choose(recipe, measure=measure, **budget(9_000))
+
+    assert [shape.micro_batch_size for shape in measure.tried] == [8]
+    assert found.measurement == measurement(8_500 * MIB)
+    assert found.reason == "predicted peak 8.30 GiB of 8.79 GiB, measured 8.30 GiB"
+    assert found == choose(recipe, measure=FakeMeasure(cost, 9_000 * MIB), **budget(9_000))
+
+
+@pytest.mark.parametrize(
+    ("real", "expected", "tried"),
+    [(8_400, (4, False), [8, 4]), (4_400, (8, True), [8, 4, 8])],
+)
+def test_what_the_card_refuses_leads_to_the_next_shape(
+    make_recipe: MakeRecipe, real: int, expected: tuple[int, bool], tried: list[int]
+) -> None:
+    recipe = make_recipe(**{"train.global_batch_size": 8})
+    measure = FakeMeasure(cost, real * MIB)
+
+    found = choose(recipe, measure=measure, **budget(9_000))
+
+    assert taken(found) == expected
+    assert [shape.micro_batch_size for shape in measure.tried] == tried
+
+
+def test_after_three_tries_the_run_is_refused(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(**{"train.global_batch_size": 8})
+    measure = FakeMeasure(cost, 0)
+
+    with pytest.raises(DoesNotFit) as error:
+        choose(recipe, measure=measure, **budget(9_000))
+
+    assert len(measure.tried) == len(set(measure.tried)) == 3
+    assert str(error.value) == (
+        "the card refuses what should fit: 8 x 1024 tokens: CUDA out of memory; 4 x 1024 tokens: "
+        "CUDA out of memory; 8 x 1024 tokens: CUDA out of memory. Other programs may have taken "
+        "its memory meanwhile: see nvidia-smi, or set fit.vram to less than it has"
+    )
+
+
+def test_no_shape_is_tried_twice(make_recipe: MakeRecipe) -> None:
+    """Where nothing has the head-room, shapes are gone through once more without it."""
+    recipe = make_recipe(**{"train.global_batch_size": 1})
+    measure = FakeMeasure(cost, 0)
+
+    with pytest.raises(DoesNotFit, match="refuses what should fit"):
+        choose(recipe, measure=measure, **budget(2_000))
+
+    assert [taken(shape) for shape in measure.tried] == [(1, False), (1, True)]
+
+
+@pytest.mark.parametrize(
+    ("measured", "reason"),
+    [
+        ({"reserved_bytes": 9_001 * MIB}, "more was reserved than the card has"),
+        ({"driver_bytes": 100 * MIB}, "less of the card is in use than was reserved"),
+        ({"fits": False, "error": None}, "out of memory"),
+        ({"fits": False, "error": "not done after 900 s"}, "not done after 900 s"),
+    ],
+)
+def test_a_measurement_that_is_no_proof_is_a_refusal(
+    make_recipe: MakeRecipe, measured: dict[str, Any], reason: str
+) -> None:
+    def measure(recipe: Recipe, shape: BatchShape) -> Measurement:
+        size = cost(shape)
+        return measurement(size, **(measured if shape.micro_batch_size == 8 else {}))
+
+    recipe = make_recipe(**{"train.global_batch_size": 8, "fit.gradient_checkpointing": False})
+    found = choose(recipe, measure=measure, **budget(9_000))
+    assert taken(found) == (4, False)
+
+    pinned = make_recipe(
+        **{
+            "train.global_batch_size": 8,
+            "fit.gradient_checkpointing": False,
+            "fit.micro_batch_size": 8,
+        }
+    )
+    with pytest.raises(DoesNotFit, match=re.escape(f"8 x 1024 tokens: {reason}")):
+        choose(pinned, measure=measure, **budget(9_000))
+
+
+def test_a_shape_that_spills_is_found_by_its_speed(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows each shape is compared with half of its rows."""
+    monkeypatch.setattr("lowvram.measurement.sys.platform", "win32")
+    speeds = {8: 300.0, 4: 1000.0, 2: 1100.0}
+
+    def measure(recipe: Recipe, shape: BatchShape) -> Measurement:
+        return measurement(cost(shape), tokens_per_second=speeds[shape.micro_batch_size])
+
+    recipe = make_recipe(**{"train.global_batch_size": 8})
+
+    assert taken(choose(recipe, measure=measure, **budget(9_000))) == (4, False)
+
+
+# --- what cannot fit ------------------------------------------------------------------------------
+
+
+def test_a_refusal_says_what_is_missing(make_recipe: MakeRecipe) -> None:
+    """Starting from the shape that takes least, and naming what would be enough."""
+
+    def smaller_in_lora(recipe: Recipe, shape: BatchShape) -> Any:
+        full = recipe.method.name == "full"
+        return FakePredict(lambda shape: (3 if full else 1) * cost(shape), 1_000 * MIB)(
+            recipe, shape
+        )
+
+    recipe = make_recipe(**{"method.name": "full"})
+
+    with pytest.raises(DoesNotFit) as error:
+        choose(recipe, predict=smaller_in_lora)
+
+    assert error.value.exit_code == 7
+    assert str(error.value) == (
+        "1 x 1024 tokens with gradient checkpointing take 2.34 GiB, and the card has 0.98 GiB for "
+        "them (predicted). Each of these would fit: method.name=lora (0.78 GiB)"
+    )
+
+
+def test_a_refusal_where_no_single_change_is_enough(make_recipe: MakeRecipe) -> None:
+    def predict(recipe: Recipe, shape: BatchShape) -> Any:
+        size = 4_000 * MIB - (500 * MIB if shape.seq_len < 1024 else 0)
+        return FakePredict(lambda _: size, 1_000 * MIB)(recipe, shape)
+
+    with pytest.raises(DoesNotFit) as error:
+        choose(make_recipe(), predict=predict)
+
+    assert str(error.value).endswith(
+        "(predicted). No single change fits; the largest are fit.max_seq_len=512 (3.42 GiB)"
+    )
+
+
+def test_each_change_that_a_refusal_names_does_fit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Simulated: 3 million weights with fp32 moments, on a card with 116 MiB."""
+    model = save_without_weights(tmp_path / "model")
+    settings = {
+        "model.name": str(model),
+        "method.name": "full",
+        "train.optimizer": "adamw",
+        "train.global_batch_size": 6,
+        "fit.micro_batch_size": 6,
+        "fit.gradient_checkpointing": True,
+    }
+    recipe = make_recipe(**settings)
+    with predictor(card_of_size(116 * MIB)) as predict:
+        tiny: dict[str, Any] = {"context_length": 256, "predict": predict}
+        with pytest.raises(DoesNotFit) as error:
+            choose(recipe, **tiny)
+        [named] = re.findall(r"Each of these would fit: (.*)", str(error.value))
+        changes = re.findall(r"(\S+) \(([\d.]+ [MG]iB)\)", named)
+
+        assert str(error.value).startswith("6 x 256 tokens with gradient checkpointing take ")
+        assert len(changes) >= 3
+        for change, size in changes:
+            changed = with_overrides(recipe, dict([parse_set(change)]))
+            found = choose(changed, **tiny)
+            assert found.reason.startswith(f"predicted peak {size} of ")
+            assert found.budget_bytes == 116 * MIB
+
+
+@pytest.fixture
+def recipe_file(gpt2_dir: Path, text_file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"model: {{name: {gpt2_dir}}}\n"
+        f"data: {{source: {text_file}}}\n"
+        "train: {global_batch_size: 4, max_steps: 2}\n"
+        f"output_dir: {tmp_path / 'run'}\n"
+    )
+    return path
+
+
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exit code 7; nothing is measured on the card and nothing is written."""
+    put_card(monkeypatch, card_of_size(30 * MIB))
+    forbid(monkeypatch, "lowvram.plan", "measure")
+    forbid(monkeypatch, "lowvram.build", "load_model")
+    forbid(monkeypatch, "lowvram.run", "build")
+
+    result = CliRunner().invoke(main, ["run", str(recipe_file)])
+
+    assert result.exit_code == 7
+    assert re.search(
+        r"^error: 1 x 64 tokens with gradient checkpointing take 46\.0 MiB, and the card has "
+        r"30\.0 MiB for them \(predicted\)\. ",
+        result.stderr,
+        re.MULTILINE,
+    )
+    assert not (tmp_path / "run").exists()

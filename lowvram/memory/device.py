@@ -17,6 +17,7 @@ import ctypes
 import functools
 import itertools
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,9 +63,6 @@ class Listener(Protocol):
     def after(self, op: OpOverload, outputs: Sequence[Tensor]) -> None:
         """The kernel has run, and its outputs exist."""
 
-    def made_by_python(self, tensor: Tensor) -> bool:
-        """Whether a backward written in Python has held it."""
-
 
 class _Silent:
     """Tensors outlive the simulation that made them; nobody counts what they do then."""
@@ -85,9 +83,6 @@ class _Silent:
 
     def after(self, op: OpOverload, outputs: Sequence[Tensor]) -> None:
         pass
-
-    def made_by_python(self, tensor: Tensor) -> bool:
-        return False
 
 
 _listener: Listener = _Silent()
@@ -227,16 +222,17 @@ def _start_backward_thread() -> None:
     """autograd starts a thread for each device at the first backward pass of a process.
 
     If that has been, before it could know of this device, its function to do so is called again.
+    The pass sums up two gradients, for `_add` to learn from.
     """
     with torch.inference_mode(False), torch.enable_grad():
         one = torch.ones(1, device=NAME, requires_grad=True)
         try:
-            one.backward()
+            (one.exp() + one.tanh()).backward()
         except RuntimeError as error:
             if "device_ready_queues_" not in str(error):
                 raise
             _start_thread_now()
-            one.backward()
+            (one.exp() + one.tanh()).backward()
 
 
 def _start_thread_now() -> None:
@@ -401,15 +397,17 @@ def _equal(self: Tensor, other: Tensor) -> bool:
 def _add(self: Tensor, other: Tensor, *, alpha: Any = 1) -> Tensor:
     """A gradient that has been summed up by autograd is added to in place.
 
-    torch/csrc/autograd/input_buffer.cpp, accumulate: the first of the two that nobody else holds
-    takes the sum, the other one's memory goes. Here every tensor has a Python object, which counts
-    as a holder, so that autograd asks for a new tensor; a card would not be asked.
+    torch/csrc/autograd/input_buffer.cpp, accumulate: the older of the two takes the sum if nobody
+    else holds it. Here every tensor has a Python object, which counts as a holder, so that autograd
+    asks for a new tensor; a card would not be asked.
     """
     if _is_accumulating() and self.shape == other.shape and self.dtype == other.dtype:
-        for tensor in (self,):
-            if _has_one_holder(tensor):
-                values.forget(tensor)
-                return _alias(tensor)
+        held = _holders(self)
+        if not _held_by_nobody:
+            _held_by_nobody.extend(held)
+        if _is_dense(self) and all(map(operator.le, held, _held_by_nobody)):
+            values.forget(self)
+            return _alias(self)
     return _kernel(_aten.add.Tensor, self, other, alpha=alpha)  # type: ignore[no-any-return]
 
 
@@ -421,17 +419,20 @@ def _is_accumulating() -> bool:
     return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
 
-_HOLDERS = 3  # autograd's buffer, the call of this kernel, the Python object
-_STORAGE_HOLDERS = 2  # the tensor, the Python object
+_held_by_nobody: list[int] = []
+"""The counts of a gradient that autograd, the call of `_add` and Python hold, and no other.
+
+They are those of the first one in the process, which `_start_backward_thread` makes.
+"""
 
 
-def _has_one_holder(tensor: Tensor) -> bool:
+def _holders(tensor: Tensor) -> tuple[int, int, int]:
+    """References to the Python object, to the tensor behind it and to its storage."""
     storage = tensor.untyped_storage()
     return (
-        tensor._use_count() <= _HOLDERS  # type: ignore[attr-defined]
-        and _C._storage_Use_Count(storage._cdata) <= _STORAGE_HOLDERS
-        and _is_dense(tensor)
-        and not _listener.made_by_python(tensor)
+        sys.getrefcount(tensor),
+        tensor._use_count(),  # type: ignore[attr-defined]
+        _C._storage_Use_Count(storage._cdata),
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -183,8 +182,6 @@ class Tracer:
             module=self._modules.current(),
             op=self._op,
         )
-        if block.phase == "backward":
-            block.by_python = isinstance(_C._current_autograd_node(), BackwardCFunction)
         self._blocks.append(block)
         self._live[address] = number
         self._record(("A", number, size_bytes, address))
@@ -231,10 +228,6 @@ class Tracer:
             block.op = block.op or op._name  # many operators get their outputs ready made
             if output.dim() and output.shape[-1] == self._modules.vocabulary:
                 block.category = block.category or "logits and loss"
-
-    def made_by_python(self, tensor: Tensor) -> bool:
-        number = self._live.get(tensor.untyped_storage().data_ptr())
-        return number is not None and self._blocks[number].by_python
 
     def _replay(self, entries: Sequence[int]) -> None:
         replay(entries, self._temporaries, self._allocate_temporary, self._free)

@@ -38,7 +38,6 @@ class Block:
     __slots__ = (
         "address",
         "begin",
-        "by_python",
         "category",
         "end",
         "end_phase",
@@ -62,8 +61,6 @@ class Block:
         self.module = module
         self.op = op
         self.category: Category | None = None
-        self.by_python = False
-        """Made in a backward pass written in Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
