@@ -73,7 +73,7 @@ def fit(
         reason = accepted(measurement, prediction.budget_bytes, smaller(recipe, shape, measure))
         if reason is None:
             return _chosen(recipe, prediction, measurement)
-        refused[shape] = f"{shape.micro_batch_size} x {shape.seq_len} tokens: {reason}"
+        refused[shape] = f"{_words(shape)}: {reason}"
         if len(refused) == _MOST_TRIES:
             break
     if refused:
@@ -178,12 +178,9 @@ def _for_cpu(recipe: Recipe, seq_len: int) -> Fit:
 
 def _refusal(recipe: Recipe, predict: Predict, least: Prediction) -> str:
     """What is missing, and what would give it."""
-    shape = least.shape
     text = (
-        f"{shape.micro_batch_size} x {shape.seq_len} tokens"
-        f"{' with' if shape.gradient_checkpointing else ' without'} gradient checkpointing take "
-        f"{format_gib(least.reserved_bytes)}, and the card has {format_gib(least.budget_bytes)} "
-        "for them (predicted). "
+        f"{_words(least.shape)} take {format_gib(least.reserved_bytes)}, and the card has "
+        f"{format_gib(least.budget_bytes)} for them (predicted). "
     )
     found = [lever for lever in levers(recipe, predict, least)]
     enough = [lever for lever in found if lever.prediction.fits]
@@ -194,3 +191,8 @@ def _refusal(recipe: Recipe, predict: Predict, least: Prediction) -> str:
     if enough:
         return text + f"Each of these would fit: {shown}"
     return text + (f"No single change fits; the largest are {shown}" if found else "")
+
+
+def _words(shape: BatchShape) -> str:
+    on = "with" if shape.gradient_checkpointing else "without"
+    return f"{shape.micro_batch_size} x {shape.seq_len} tokens {on} gradient checkpointing"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from lowvram import __version__
+from lowvram.directory import write_text
 from lowvram.fit import Fit
 from lowvram.measurement import Measurement
 from lowvram.memory import Card
@@ -50,7 +50,8 @@ def remembered(
     except (OSError, ValueError, TypeError, KeyError):
         found = search()
     try:
-        _write(path, json.dumps(asdict(found), indent=2))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(found), indent=2))
     except OSError:
         pass
     return found
@@ -75,13 +76,3 @@ def _version(library: str) -> str:
         return version(library)
     except PackageNotFoundError:
         return ""
-
-
-def _write(path: Path, text: str) -> None:
-    """Beside its place first, so that nobody reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)

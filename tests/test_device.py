@@ -132,6 +132,19 @@ def test_fp16_softmax_writes_fp32_without_a_copy() -> None:
     assert heard(make, torch.bfloat16)[0] == [*half, ("copy_", N), ("_softmax", N)]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_rms_norm_of_two_dtypes_is_not_fused() -> None:
+    """layer_norm.cpp, rms_norm_symint: 16-bit input and fp32 weight take single operators."""
+
+    def make(device: Any) -> Layer:
+        norm = nn.RMSNorm(WIDTH, device=device)
+        return lambda x: norm(x.bfloat16())
+
+    kernels = {kernel for kernel, _ in heard(make)[0]}
+    assert {"pow", "mean", "rsqrt"} <= kernels
+    assert "_fused_rms_norm" not in kernels
+
+
 def attend(mask: bool = False, dropout: float = 0.0) -> Callable[[Any], Layer]:
     def make(device: Any) -> Layer:
         allowed = torch.ones(1, 1, 32, 32, dtype=torch.bool, device=device) if mask else None

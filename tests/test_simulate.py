@@ -797,6 +797,7 @@ def test_modules_by_name() -> None:
     made = {block.module for block in trace.blocks if block.phase == "forward"}
 
     assert {"embed", "blocks.0.qkv", "blocks.1.mlp.0", "head", "norm"} <= made
+    assert {"blocks.0", "blocks.1", "Transformer"} <= made  # what they do beside their parts
     assert made - set(names) <= {"", "Transformer"}
     gradients = [b for b in trace.blocks if b.category == "gradients"]
     assert "blocks.1.mlp.0" in {b.module for b in gradients}
@@ -1053,3 +1054,31 @@ print(simulate(build, step).peak_reserved_bytes)
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
+
+
+def test_a_device_that_is_named_cuda_is_the_simulated_one() -> None:
+    def build(device: torch.device) -> nn.Module:
+        torch.set_default_device("cuda")
+        by_default = torch.zeros(3)
+        torch.set_default_device(None)
+        with torch.device("cuda"):
+            in_context = torch.ones(3)
+        model = nn.Linear(64, 64).to("cuda")
+        made = [
+            model.weight,
+            nn.Linear(8, 8, device="cuda:0").weight,
+            torch.tensor([1.0], device="cuda"),
+            torch.randn(4).to(torch.device("cuda", 0)),
+            torch.ones(2).to(device="cuda", dtype=torch.float16),
+            by_default,
+            in_context,
+        ]
+        assert {tensor.device for tensor in made} == {device}
+        return model
+
+    def step(model: nn.Module) -> None:
+        model(torch.randn(4, 64, device="cuda")).sum().backward()
+
+    assert simulate(build, step).peak_allocated_bytes > 0
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")

@@ -1,8 +1,7 @@
 """Operators that PyTorch composes in another way on CUDA than on a device it does not know.
 
 Registered for the simulated device above autograd, so that their parts are differentiated as
-usual. Sources, in pytorch: aten/src/ATen/native/SoftMax.cpp, layer_norm.cpp,
-transformers/attention.cpp.
+usual. Sources, in pytorch: aten/src/ATen/native/SoftMax.cpp, transformers/attention.cpp.
 """
 
 from __future__ import annotations
@@ -43,18 +42,8 @@ def _softened(op: Any, self: Tensor, dim: int, dtype: torch.dtype | None) -> Ten
     return op(self if dtype is None else self.to(dtype), dim, False)  # type: ignore[no-any-return]
 
 
-def _rms_norm(
-    input: Tensor,  # the operator's own name for it
-    normalized_shape: list[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    return _aten._fused_rms_norm(input, normalized_shape, weight, eps)[0]  # type: ignore[no-any-return]
-
-
 _COMPOSITES = {
     "scaled_dot_product_attention": _attention,
     "softmax.int": _softmax,
     "log_softmax.int": _log_softmax,
-    "rms_norm": _rms_norm,
 }

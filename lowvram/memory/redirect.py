@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import DefaultDeviceType
 
@@ -57,6 +58,7 @@ def redirected(gauges: Gauges) -> Iterator[None]:
             for name, value in names.items():
                 stack.enter_context(_replaced(owner, name, value))
         stack.callback(autocast.clear_copies)
+        stack.enter_context(CudaDevices())
         yield
 
 
@@ -183,6 +185,7 @@ def _replacements(gauges: Gauges) -> dict[Any, dict[str, Any]]:
             "get_autocast_dtype": _on_device(torch.get_autocast_dtype),
             "set_autocast_enabled": _on_device(torch.set_autocast_enabled),
             "set_autocast_dtype": _on_device(torch.set_autocast_dtype),
+            "set_default_device": _default_device(torch.set_default_device),
             "Generator": _generator_class(),
             "_has_compatible_shallow_copy_type": lambda *_: True,
         },
@@ -365,6 +368,32 @@ def _generator_class() -> type:
             return original(device="cpu" if on_device else device)
 
     return Meta("Generator", (), {})
+
+
+def _default_device(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    def set_default_device(device: Any) -> None:
+        function(simulated_device() if _is_cuda(device) else device)
+
+    return set_default_device
+
+
+class CudaDevices(TorchFunctionMode):
+    """A device that is named "cuda" in a call is the simulated one."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": simulated_device()}
+        if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], simulated_device(), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.partition(":")[0] == "cuda"
+    return isinstance(device, torch.device) and device.type == "cuda"
 
 
 class LazyInitialization(TorchDispatchMode):

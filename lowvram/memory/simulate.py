@@ -121,6 +121,8 @@ class Tracer:
         self._steps: list[Step] = []
         self._live: dict[int, int] = {}  # block numbers by address
         self._refs: dict[int, _Ref] = {}
+        self._backward = -1  # the last backward pass, by autograd's number
+        self._begun: dict[int, int] = {}  # the last backward pass when a block was made
         self._workspaces: set[int] = set()  # threads that have a cuBLAS handle
         self._op = ""
         self._nowhere = itertools.count(1 << 60)
@@ -183,6 +185,7 @@ class Tracer:
             op=self._op,
         )
         self._blocks.append(block)
+        self._begun[number] = self._backward
         self._live[address] = number
         self._record(("A", number, size_bytes, address))
         return address
@@ -265,6 +268,8 @@ class Tracer:
         self._allocator.free(address)
         block = self._blocks[number]
         block.end, block.end_phase = len(self._events), self._phase()
+        # While an error unwinds, what goes would have been kept.
+        block.kept = self._backward != self._begun.pop(number) or self.shortage is not None
         self._record(("F", number))
 
     def _on_segment(self, kind: str, address: int, size: int, stream: int) -> None:
@@ -280,8 +285,10 @@ class Tracer:
             return "build"
         if self._optimizing:
             return "optimizer"
-        if _C._current_graph_task_id() == -1:
+        task = _C._current_graph_task_id()
+        if task == -1:
             return "forward"
+        self._backward = task
         return "recompute" if torch.is_grad_enabled() else "backward"
 
     # Steps, modules and optimizers

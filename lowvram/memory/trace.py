@@ -41,6 +41,7 @@ class Block:
         "category",
         "end",
         "end_phase",
+        "kept",
         "module",
         "op",
         "phase",
@@ -57,6 +58,8 @@ class Block:
         self.end: int | None = None
         """None while it lives."""
         self.end_phase: Phase | None = None
+        self.kept = True
+        """Whether a backward pass began before its end."""
         self.phase = phase
         self.module = module
         self.op = op
@@ -143,9 +146,11 @@ class MemoryTrace:
         if block.category is not None:
             return block.category
         if block.phase == "build":
-            return "base weights"
-        if block.phase in ("forward", "recompute") and block.end_phase != block.phase:
-            return "activations"  # kept for the backward pass, or until the step ends
+            return "temporaries" if block.end_phase == "build" else "base weights"
+        if block.phase == "forward" and block.kept:
+            return "activations"  # for the backward pass, or until the step ends
+        if block.phase == "recompute" and block.end_phase != "recompute":
+            return "activations"
         return "temporaries"
 
     def save(self, path: str | Path) -> None:

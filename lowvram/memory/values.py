@@ -102,8 +102,10 @@ def follow(
     except _Unknown:
         _assume(op, args, outputs)
         return
-    for output, result in zip(outputs, _flat(results), strict=True):
-        if output.shape == result.shape:  # unless the values that decide it were not certain
+    made = _flat(results)
+    # A shape may be another one where the values that decide it were not certain.
+    if [result.shape for result in made] == [output.shape for output in outputs]:
+        for output, result in zip(outputs, made, strict=True):
             keep(output, result, certain=inputs.certain)
 
 
