@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lowvram.errors import DeviceError
 from lowvram.memory import simulate
-from lowvram.memory.device import is_simulating, simulated_device
+from lowvram.memory.device import simulated_device
+from lowvram.memory.listener import is_simulating
 
 MARK = 777
 ROWS, WIDTH = 128, 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowvram.memory.attention import scaled_dot_product_attention
-from lowvram.memory.device import target
+from lowvram.memory.listener import target
 
 _aten = torch.ops.aten
 

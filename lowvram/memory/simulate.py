@@ -24,7 +24,8 @@ from torch.optim.optimizer import (
 
 from lowvram.memory.allocator import CachingAllocator, OutOfMemory
 from lowvram.memory.cards import Card
-from lowvram.memory.device import NAME, listen, simulated_device, tensors_in
+from lowvram.memory.device import NAME, simulated_device
+from lowvram.memory.initialization import LazyInitialization
 from lowvram.memory.kernels import (
     NOTHING,
     Target,
@@ -33,8 +34,10 @@ from lowvram.memory.kernels import (
     scratch,
     workspace_bytes,
 )
+from lowvram.memory.listener import listen
 from lowvram.memory.modules import Modules
-from lowvram.memory.redirect import LazyInitialization, redirected
+from lowvram.memory.redirect import redirected
+from lowvram.memory.shapes import tensors_in
 from lowvram.memory.trace import Block, Category, MemoryTrace, Phase, Shortage, Step
 
 State = TypeVar("State")
