@@ -121,7 +121,7 @@ def _somewhere() -> Iterator[Callable[[Card, Recipe, BatchShape], Prediction]]:
         return
     # Libraries look for a card as they are imported, so it has to be hidden before.
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", "from lowvram.prediction import answer; answer()"]
+    command = [sys.executable, "-c", _OTHER_END]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile() as said,
@@ -150,10 +150,19 @@ def _ask(process: subprocess.Popen[bytes], said: IO[bytes], *question: Any) -> P
     return found
 
 
-def answer() -> None:
-    """The other end of `_ask`: predictions, or errors, until nobody asks any more."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # libraries that print must not mix with the answers
+# Libraries that print, as they are imported or later, must not mix with the answers.
+_OTHER_END = """
+import os
+output = os.dup(1)
+os.dup2(2, 1)
+from lowvram.prediction import answer
+answer(output)
+"""
+
+
+def answer(output: int) -> None:
+    """Write predictions, or errors, until nobody asks any more."""
+    answers = os.fdopen(output, "wb")
     while True:
         try:
             question = pickle.load(sys.stdin.buffer)

@@ -162,7 +162,9 @@ def epoch_seconds(recipe: Recipe, measured: Measurement) -> float | None:
 
 
 def _positions(recipe: Recipe) -> int:
-    return context_length(known_config(recipe.model.name, recipe.model.revision))
+    positions = context_length(known_config(recipe.model.name, recipe.model.revision))
+    choose_seq_len(recipe.fit.max_seq_len, positions, positions)  # refuses more, before any search
+    return positions
 
 
 def _asked(

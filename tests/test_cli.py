@@ -427,7 +427,7 @@ def test_a_dry_run_prints_every_key_and_the_plan_and_writes_nothing(
     assert re.search(r"36 documents to train on, 4 held out; \d+ rows, [\d,]+ tokens", plan)
     assert "steps 2 (10 an epoch)" in plan
     assert "4 rows of up to 64 tokens = 1 x 4" in plan
-    assert "by rule of thumb, not measured" in plan
+    assert "on a CPU, up to 2,048 tokens at a time" in plan
     assert "0 tokens dropped" in plan
     assert sorted(p for p in tmp_path.iterdir() if p.name != "cache") == before
     assert list(empty_directory.iterdir()) == []

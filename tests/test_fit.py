@@ -393,7 +393,7 @@ def recipe_file(gpt2_dir: Path, text_file: Path, tmp_path: Path) -> Path:
     path.write_text(
         f"model: {{name: {gpt2_dir}}}\n"
         f"data: {{source: {text_file}}}\n"
-        "train: {global_batch_size: 4, max_steps: 2}\n"
+        "train: {global_batch_size: 1, max_steps: 2}\n"
         f"output_dir: {tmp_path / 'run'}\n"
     )
     return path

@@ -170,7 +170,7 @@ def test_no_weights_are_needed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 def test_with_a_card_the_simulation_has_a_process_from_which_it_is_hidden(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole way: questions, answers and errors go through it."""
+    """The whole way: questions, answers and errors go through it, and what it prints does not."""
     recipe, absent = make_recipe(), make_recipe(**{"model.name": "no/such/model"})
     expected = [predict(CARD, recipe, shape_of(rows)) for rows in (1, 2)]
     started: list[Any] = []
@@ -178,7 +178,8 @@ def test_with_a_card_the_simulation_has_a_process_from_which_it_is_hidden(
 
     def starting(command: list[str], **options: Any) -> Any:
         started.append((command, options["env"]))
-        return popen(command, **options)
+        loud = command[-1].replace("from lowvram", "print('a library says hello')\nfrom lowvram")
+        return popen([*command[:-1], loud], **options)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(prediction.torch.cuda, "is_available", lambda: True)

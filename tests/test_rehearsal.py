@@ -128,7 +128,7 @@ def test_after_twenty_probes_every_large_tensor_has_8_bit_states(make_recipe: Ma
     )
     numerics = choose_numerics(recipe)
     for number in range(20):
-        if number % 4 == 0:
+        if number % 10 == 0:
             predict(CARD, recipe, shape_of(1, 16))
         rehearse(recipe, numerics).step()
 
@@ -169,10 +169,11 @@ def batch_of(draw: random.Random, rows: int, width: int, *, packed: bool) -> Bat
 def fifty_steps(
     recipe: Recipe, shape: BatchShape, *, ragged: bool, budget_bytes: int
 ) -> MemoryTrace:
-    """With an evaluation in the middle and one at the end, and prompts continued after it.
+    """With evaluations before, between and after, and prompts continued at last.
 
     Ragged rows are nearly full where they are packed. Where they are not, they are as long as a
-    batch's longest document; a full batch comes first, before memory is in pieces.
+    batch's longest document; a full batch comes first, before memory is in pieces. They are those
+    of a run that was resumed: no evaluation comes before them.
     """
     recipe = pinned(recipe, shape)
     numerics = choose_numerics(recipe, simulated_device(), CARD.compute_capability)
@@ -191,6 +192,8 @@ def fifty_steps(
         )
 
     def step(state: TrainState) -> None:
+        if state.step == 0 and not ragged:
+            evaluate(state.model)
         window = []
         for _ in range(2):
             width = length if state.step == 0 else draw.randint(shortest, length)
@@ -215,7 +218,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"data.packing": False},
     "full": {"method.name": "full", "train.optimizer": "adamw"},
-    "checkpointing": {"fit.gradient_checkpointing": True},
 }
 
 
@@ -223,7 +225,7 @@ def large(make_recipe: MakeRecipe, directory: Path, kind: str) -> tuple[Recipe, 
     """A step of 600 MiB or more: of less, a segment of 20 MiB is a large part."""
     model = save_without_weights(directory / "model", n_positions=512, n_embd=768, n_layer=2)
     settings = {"model.name": str(model), "train.global_batch_size": 48} | SETTINGS[kind]
-    return make_recipe(**settings), shape_of(24, 512, kind == "checkpointing")
+    return make_recipe(**settings), shape_of(24, 512)
 
 
 @pytest.mark.parametrize("kind", ["packed", "full"])
@@ -241,7 +243,7 @@ def test_a_prediction_holds_for_fifty_full_steps(
     assert 0.99 < found.peak_allocated_bytes / predicted.allocated_bytes <= 1.01
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded", "checkpointing"])
+@pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_ragged_steps_are_done_with_the_headroom_that_is_left(
     make_recipe: MakeRecipe, tmp_path: Path, kind: str
 ) -> None:
