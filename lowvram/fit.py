@@ -190,7 +190,10 @@ def _refusal(recipe: Recipe, predict: Predict, least: Prediction) -> str:
     )
     if enough:
         return text + f"Each of these would fit: {shown}"
-    return text + (f"No single change fits; the largest are {shown}" if found else "")
+    tried = "Nothing in the recipe makes it smaller"
+    if found:
+        tried = f"No single change is enough; the largest are {shown}"
+    return f"{text}{tried}. Else: a smaller model, or a larger card"
 
 
 def _words(shape: BatchShape) -> str:

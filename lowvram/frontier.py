@@ -1,7 +1,8 @@
 """The largest micro-batch that fits, for each length of sequence: what a card can do with a recipe.
 
-Memory is nearly affine in the micro-batch, so few simulations find where the budget is met. The
-answer is then exact: it was simulated and fits, and one more was simulated and does not.
+Memory is nearly affine in the micro-batch, so few simulations find where the budget is met. What
+is answered was simulated and fits, and one more row was simulated and does not. Close to the budget
+a few rows more may fit again, since there the allocator gives back what it keeps, sooner or later.
 """
 
 from __future__ import annotations

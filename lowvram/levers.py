@@ -65,8 +65,12 @@ def _changes(recipe: Recipe, shape: BatchShape) -> Iterator[Change]:
         yield {"train.chunked_loss": True}, shape, "nothing: the same loss, without all logits"
     if not recipe.model.fused_gelu:
         yield {"model.fused_gelu": True}, shape, "nothing: the same function in one kernel"
+    if recipe.model.attention != "sdpa":
+        yield {"model.attention": "sdpa"}, shape, "nothing: the same function in one kernel"
     if recipe.train.precision == "fp32":
-        yield {"train.precision": "bf16"}, shape, "fewer digits in matrix products; much faster"
+        price = "fewer digits in matrix products; much faster"
+        yield {"train.precision": "bf16"}, shape, price
+        yield {"train.precision": "fp16"}, shape, price + ", with a loss scale"
     if recipe.method.name == "full":
         yield {"method.name": "lora"}, shape, "trains a small part of the weights"
     else:
@@ -104,5 +108,5 @@ def _of_shape(shape: BatchShape, global_batch_size: int) -> Iterator[Change]:
         yield (
             {"fit.max_seq_len": length},
             dataclasses.replace(shape, seq_len=length),
-            "longer documents are cut",
+            "longer documents become several rows",
         )

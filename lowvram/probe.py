@@ -9,7 +9,7 @@ from typing import Any
 from lowvram.build import build_corpus, build_tokenizer
 from lowvram.errors import DoesNotFit, LowVRAMError, RecipeError
 from lowvram.fit import Fit, choose_seq_len, fit
-from lowvram.frontier import frontier, sequence_lengths
+from lowvram.frontier import MOST_ROWS, frontier, sequence_lengths
 from lowvram.levers import Lever, levers
 from lowvram.measurement import Measure, Measurement, accepted, smaller
 from lowvram.memory import Card
@@ -175,6 +175,8 @@ def _asked(
         raise RecipeError(f"--seq-len: found {seq_len}, the model allows 2 to {positions}")
     length = seq_len or choose_seq_len(wanted.max_seq_len, positions, positions)
     rows = micro_batch_size or wanted.micro_batch_size
+    if rows != "auto" and rows > MOST_ROWS:
+        raise RecipeError(f"--micro-batch-size: found {rows}, allowed 1 to {MOST_ROWS}")
     return BatchShape(
         micro_batch_size=recipe.train.global_batch_size if rows == "auto" else rows,
         seq_len=length,

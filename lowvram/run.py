@@ -35,6 +35,8 @@ from lowvram.train import StepMetrics, TrainState, train
 _PROOF_ROWS = 4
 _PROOF_TOKENS = 64
 _PROMPT_TOKENS = 8
+_FP32_ROOM = 5
+"""Bytes a parameter: four, and some for the evaluation."""
 
 
 def run(
@@ -292,7 +294,7 @@ def _finish(job: Job, display: Display, *, started: float) -> RunResult:
         str(job.directory.merged),
         dtype="fp32",
         attention=recipe.model.attention,
-        device=str(job.device),
+        device=_roomy_device(job, display),
     )
     merged = _perplexity(planned, merged_model, "merged perplexity", display)
     tuned = _samples(planned, merged_model)
@@ -336,6 +338,16 @@ def _finish(job: Job, display: Display, *, started: float) -> RunResult:
         seconds=time.monotonic() - started,
         notes=list(planned.notes),
     )
+
+
+def _roomy_device(job: Job, display: Display) -> str:
+    """Where the merged model goes, which in fp32 may be larger than the base in training was."""
+    if job.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(job.device)
+        if _FP32_ROOM * job.plan.parameters.total > free:
+            display.warn("the merged model in fp32 is too large for the card: it is on the CPU")
+            return "cpu"
+    return str(job.device)
 
 
 def _write_models(job: Job, display: Display) -> MergeProof:

@@ -355,7 +355,8 @@ def test_a_refusal_where_no_single_change_is_enough(make_recipe: MakeRecipe) -> 
         choose(make_recipe(), predict=predict)
 
     assert str(error.value).endswith(
-        "(predicted). No single change fits; the largest are fit.max_seq_len=512 (3.42 GiB)"
+        "(predicted). No single change is enough; the largest are fit.max_seq_len=512 (3.42 GiB). "
+        "Else: a smaller model, or a larger card"
     )
 
 

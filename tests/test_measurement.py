@@ -32,7 +32,7 @@ from lowvram.rehearsal import BatchShape, pinned, rehearse
 GIB = 2**30
 SHAPE = BatchShape(micro_batch_size=4, seq_len=64, gradient_checkpointing=False)
 
-# TRAPS.md T27: what torch and its libraries say where memory is full.
+# what torch and its libraries say where memory is full.
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ..."),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be ..."),

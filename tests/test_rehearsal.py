@@ -119,7 +119,7 @@ def test_it_begins_and_ends_with_an_evaluation(
     assert all("lora" in name for name in changed)
 
 
-# --- TRAPS.md T24: nothing of 20 models is left in bitsandbytes -----------------------------------
+# --- nothing of 20 models is left in bitsandbytes -----------------------------------
 
 
 def test_after_twenty_probes_every_large_tensor_has_8_bit_states(make_recipe: MakeRecipe) -> None:
@@ -142,7 +142,7 @@ def test_after_twenty_probes_every_large_tensor_has_8_bit_states(make_recipe: Ma
     assert kinds == {(True, torch.uint8), (False, torch.float32)}
 
 
-# --- TRAPS.md T29: what real batches take ---------------------------------------------------------
+# --- what real batches take ---------------------------------------------------------
 
 
 def batch_of(draw: random.Random, rows: int, width: int, *, packed: bool) -> Batch:

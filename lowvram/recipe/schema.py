@@ -234,7 +234,7 @@ class FitSection(Section):
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Sequences per forward pass; must divide `train.global_batch_size`."""
     max_seq_len: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
-    """Tokens per sequence; auto takes the longest that fits."""
+    """Tokens per sequence; auto takes what the longest document needs, up to 1024."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, more time."""
     vram: Annotated[
