@@ -16,7 +16,7 @@ from lowvram.build import Numerics, build
 from lowvram.data import IGNORED, Batch
 from lowvram.perplexity import score
 from lowvram.recipe import Recipe, with_overrides
-from lowvram.train import TrainState, train_step
+from lowvram.train import TrainState, accumulate_gradients, train_step
 
 STEPS = 3
 """The optimizer's states are made in the first; the second is the first that has them all along."""
@@ -78,6 +78,21 @@ class Rehearsal:
             precision=self.numerics.precision,
         )
 
+    def warm_up(self) -> None:
+        """Meet the worst batch first, as a simulation does, and leave no trace in the training.
+
+        The allocator then has blocks of the largest sizes, which smaller batches are cut from. If
+        batches grew over a run, it would keep blocks of all their sizes.
+        """
+        device = self.state.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.evaluate()
+            self.state.model.train()
+            targets = sum(batch.target_tokens for batch in self.window)
+            accumulate_gradients(self.state, self.window, targets)
+            self.state.optimizer.zero_grad(set_to_none=True)
+
     def save(self) -> None:
         for parameter in self.state.trainable():
             parameter.detach().cpu()
@@ -85,10 +100,14 @@ class Rehearsal:
 
 def rehearse(recipe: Recipe, numerics: Numerics) -> Rehearsal:
     """`recipe` with its shape pinned, ready for the first step."""
+    state = build(recipe, total_steps=STEPS, numerics=numerics)
+    return rehearsal_of(state, recipe, numerics)
+
+
+def rehearsal_of(state: TrainState, recipe: Recipe, numerics: Numerics) -> Rehearsal:
     shape = recipe.fit
     assert isinstance(shape.micro_batch_size, int)
     assert isinstance(shape.max_seq_len, int)
-    state = build(recipe, total_steps=STEPS, numerics=numerics)
     passes = recipe.train.global_batch_size // shape.micro_batch_size
     batch = worst_batch(shape.micro_batch_size, shape.max_seq_len, packed=recipe.data.packing)
     return Rehearsal(

@@ -29,6 +29,7 @@ from lowvram.model import load_model
 from lowvram.perplexity import PerplexityResult, score
 from lowvram.plan import Plan, plan
 from lowvram.recipe import Recipe, TrainSection, dump_recipe, recipe_sha256
+from lowvram.rehearsal import rehearsal_of
 from lowvram.report import RunResult, result_table
 from lowvram.train import StepMetrics, TrainState, train
 
@@ -142,6 +143,8 @@ def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: 
     else:
         _begin(job, display)
     reset_peak(job.device)
+    if job.device.type == "cuda":
+        rehearsal_of(state, recipe, planned.numerics).warm_up()
     return job
 
 

@@ -125,7 +125,7 @@ def train_step(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
     learning_rate = state.learning_rate(state.optimizer_steps)
     set_learning_rate(state.optimizer, learning_rate)
     target_tokens = sum(batch.target_tokens for batch in window)
-    loss = _accumulate(state, window, target_tokens)
+    loss = accumulate_gradients(state, window, target_tokens)
     grad_norm, skipped = 0.0, None
     if target_tokens == 0:
         skipped = "empty"
@@ -148,7 +148,7 @@ def train_step(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
     )
 
 
-def _accumulate(state: TrainState, window: Sequence[Batch], target_tokens: int) -> float:
+def accumulate_gradients(state: TrainState, window: Sequence[Batch], target_tokens: int) -> float:
     """Gradients of the window's mean loss; returns that loss."""
     model = plain_model(state.model)
     device = state.device

@@ -14,7 +14,7 @@ from lowvram.display import Display
 from lowvram.errors import DoesNotFit
 from lowvram.memory.measure import format_gib, is_out_of_memory, read_memory
 from lowvram.run import run
-from lowvram.train import _accumulate
+from lowvram.train import accumulate_gradients
 
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
@@ -63,14 +63,14 @@ def test_a_full_memory_saves_and_names_what_helps(
     """The third step fails: two steps are in the checkpoint, and a resumed run ends well."""
 
     recipe = make_recipe(**{"train.max_steps": 4, "fit.micro_batch_size": 2})
-    real, fail = _accumulate, {"at": 2}
+    real, fail = accumulate_gradients, {"at": 2}
 
     def accumulate(state: Any, window: Any, target_tokens: int) -> float:
         if state.step == fail["at"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(state, window, target_tokens)
 
-    monkeypatch.setattr(sys.modules["lowvram.train"], "_accumulate", accumulate)
+    monkeypatch.setattr(sys.modules["lowvram.train"], "accumulate_gradients", accumulate)
     with pytest.raises(DoesNotFit) as caught:
         run(recipe, display=Display(quiet=True))
     text = str(caught.value)

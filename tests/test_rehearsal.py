@@ -257,3 +257,23 @@ def test_ragged_steps_are_done_with_the_headroom_that_is_left(
     assert found.out_of_memory is None
     assert len(found.steps) == 50
     assert found.peak_allocated_bytes <= 1.01 * predicted.allocated_bytes
+
+
+def test_warming_up_leaves_no_trace_in_the_training(make_recipe: Any, gpt2_dir: Path) -> None:
+    """Weights, gradients, random numbers and counters are as they were."""
+    recipe = pinned(
+        make_recipe(**{"model.name": str(gpt2_dir), "method.dropout": 0.1}),
+        BatchShape(micro_batch_size=2, seq_len=32, gradient_checkpointing=False),
+    )
+    rehearsal = rehearse(recipe, choose_numerics(recipe))
+    state = rehearsal.state
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    random = torch.get_rng_state()
+
+    rehearsal.warm_up()
+
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(p, before[name]) for name, p in state.model.named_parameters())
+    assert all(p.grad is None for p in state.model.parameters())
+    assert (state.step, state.optimizer_steps, state.tokens) == (0, 0, 0)
+    assert not state.optimizer.state
