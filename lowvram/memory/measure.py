@@ -41,7 +41,8 @@ def read_memory(device: torch.device) -> MemoryReading:
     import psutil
 
     info = psutil.Process().memory_info()
-    return MemoryReading(now_bytes=info.rss, peak_bytes=_peak_resident(info))
+    # The kernel brings its peak up to date a little late.
+    return MemoryReading(now_bytes=info.rss, peak_bytes=max(info.rss, _peak_resident(info)))
 
 
 def _peak_resident(info: object) -> int:
