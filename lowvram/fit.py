@@ -182,7 +182,7 @@ def _refusal(recipe: Recipe, predict: Predict, least: Prediction) -> str:
         f"{_words(least.shape)} take {format_gib(least.reserved_bytes)}, and the card has "
         f"{format_gib(least.budget_bytes)} for them (predicted). "
     )
-    found = [lever for lever in levers(recipe, predict, least)]
+    found = levers(recipe, predict, least)
     enough = [lever for lever in found if lever.prediction.fits]
     shown = ", ".join(
         f"{lever.change} ({format_gib(lever.prediction.reserved_bytes)})"

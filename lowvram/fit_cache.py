@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowvram import __version__
+from lowvram.data import cache_directory
 from lowvram.directory import write_text
 from lowvram.fit import Fit
 from lowvram.measurement import Measurement
@@ -26,15 +26,6 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
 
 
-def cache_directory() -> Path:
-    """$LOWVRAM_CACHE/fits, or lowvram/fits in the user's cache directory."""
-    own = os.environ.get("LOWVRAM_CACHE")
-    if own:
-        return Path(own).expanduser() / "fits"
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "lowvram" / "fits"
-
-
 def remembered(
     recipe: Recipe, card: Card, lengths: tuple[int, int], search: Callable[[], Fit]
 ) -> Fit:
@@ -42,7 +33,7 @@ def remembered(
 
     A cache that cannot be read or written is as good as none.
     """
-    path = cache_directory() / f"{_key(recipe, card, lengths)}.json"
+    path = cache_directory("fits") / f"{_key(recipe, card, lengths)}.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values["measurement"] = Measurement(**values["measurement"])

@@ -154,7 +154,7 @@ def score(
     """
     _check(model, context_length, stride, batch_size, precision)
     device = next(model.parameters()).device
-    pass_tokens = max(context_length, _PASS_TOKENS["cpu" if device.type == "cpu" else "cuda"])
+    pass_tokens = max(context_length, pass_tokens_on(device))
     if batch_size is not None:
         pass_tokens = batch_size * context_length
     windows = (w for document in documents for w in _windows(*document, context_length, stride))
@@ -175,6 +175,11 @@ def score(
     if math.isnan(sums["nll_sum"]):
         raise ModelError("perplexity: the model gives NaN; try precision fp32 or bf16")
     return PerplexityResult(**sums, context_length=context_length, stride=stride)
+
+
+def pass_tokens_on(device: torch.device) -> int:
+    """Padded tokens in one forward pass, unless a window has more."""
+    return _PASS_TOKENS["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _check(

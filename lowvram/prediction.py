@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -90,7 +91,7 @@ def predict(card: Card, recipe: Recipe, shape: BatchShape) -> Prediction:
         reserved_bytes=found.peak_reserved_bytes,
         allocated_bytes=found.peak_allocated_bytes,
         budget_bytes=budget,
-        categories={name: size for name, size in found.by_category().items()},
+        categories=dict(found.by_category().items()),
     )
 
 
@@ -103,21 +104,32 @@ def predictor(card: Card) -> Iterator[Predict]:
     process.
     """
     known: dict[Any, Prediction] = {}
-    with _somewhere() as submit:
+    with _somewhere() as call:
 
         def remembered(recipe: Recipe, shape: BatchShape) -> Prediction:
             key = (recipe.model_dump_json(), shape)
             if key not in known:
-                known[key] = submit(card, recipe, shape)
+                known[key] = call(predict, card, recipe, shape)
             return known[key]
 
         yield remembered
 
 
+def plot(card: Card, recipe: Recipe, shape: BatchShape, path: Path) -> None:
+    """The timeline of a shape, drawn where it is simulated."""
+    with _somewhere() as call:
+        call(_plot, card, recipe, shape, path)
+
+
+def _plot(card: Card, recipe: Recipe, shape: BatchShape, path: Path) -> None:
+    trace(recipe, card, shape).plot(path)
+
+
 @contextmanager
-def _somewhere() -> Iterator[Callable[[Card, Recipe, BatchShape], Prediction]]:
+def _somewhere() -> Iterator[Callable[..., Any]]:
+    """Calls a function of a module with arguments that can be pickled."""
     if not torch.cuda.is_available():
-        yield predict
+        yield lambda function, *args: function(*args)
         return
     # Libraries look for a card as they are imported, so it has to be hidden before.
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -130,13 +142,13 @@ def _somewhere() -> Iterator[Callable[[Card, Recipe, BatchShape], Prediction]]:
         yield functools.partial(_ask, process, said)
 
 
-def _ask(process: subprocess.Popen[bytes], said: IO[bytes], *question: Any) -> Prediction:
+def _ask(process: subprocess.Popen[bytes], said: IO[bytes], *question: Any) -> Any:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         pickle.dump(question, process.stdin)
         process.stdin.flush()
-        found: Prediction | Exception = pickle.load(process.stdout)
+        found = pickle.load(process.stdout)
     except (EOFError, OSError):
         with contextlib.suppress(OSError):
             process.stdin.close()  # what is left in its buffer has nowhere to go
@@ -161,16 +173,16 @@ answer(output)
 
 
 def answer(output: int) -> None:
-    """Write predictions, or errors, until nobody asks any more."""
+    """Write results, or errors, until nobody asks any more."""
     answers = os.fdopen(output, "wb")
     while True:
         try:
-            question = pickle.load(sys.stdin.buffer)
+            function, *args = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        found: Prediction | Exception
+        found: Any
         try:
-            found = predict(*question)
+            found = function(*args)
         except Exception as error:
             found = error
         pickle.dump(found, answers)

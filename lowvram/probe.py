@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from lowvram.build import build_corpus, build_tokenizer
 from lowvram.errors import DoesNotFit, LowVRAMError, RecipeError
 from lowvram.fit import Fit, choose_seq_len, fit
+from lowvram.fit_cache import remembered
 from lowvram.frontier import MOST_ROWS, frontier, sequence_lengths
 from lowvram.levers import Lever, levers
 from lowvram.measurement import Measure, Measurement, accepted, smaller
@@ -100,14 +102,17 @@ def probe(
     card = limited(card, recipe)
     with predictor(card) as predict:
         rows = frontier(recipe, predict, sequence_lengths(positions), progress)
+        search = partial(
+            fit,
+            recipe,
+            context_length=positions,
+            longest_document=positions,
+            predict=predict,
+            measure=measure,
+        )
+        lengths = (positions, positions)
         try:
-            chosen = fit(
-                recipe,
-                context_length=positions,
-                longest_document=positions,
-                predict=predict,
-                measure=measure,
-            )
+            chosen = remembered(recipe, card, lengths, search) if measure else search()
         except DoesNotFit as error:
             return Frontier(card=card, rows=rows, chosen=None, reason=str(error))
     return Frontier(card=card, rows=rows, chosen=chosen, reason=_why(recipe, chosen))

@@ -17,7 +17,7 @@ from lowvram.measurement import Measure, Measurement, measure
 from lowvram.memory import Card
 from lowvram.memory.cards import System
 from lowvram.memory.measure import format_gib
-from lowvram.prediction import trace
+from lowvram.prediction import plot as plot_shape
 from lowvram.probe import Answer, Frontier, ask, epoch_seconds, probe
 from lowvram.recipe import Recipe, dump_recipe
 from lowvram.target import card_here, named_card
@@ -100,7 +100,7 @@ def show_shape(
         recipe, card, seq_len=seq_len, micro_batch_size=micro_batch_size, measure=measuring
     )
     if plot is not None:
-        trace(recipe, answer.card, answer.prediction.shape).plot(plot)
+        plot_shape(answer.card, recipe, answer.prediction.shape, plot)
     if as_json:
         print(json.dumps(answer.to_json()))
         return

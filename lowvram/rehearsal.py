@@ -14,7 +14,7 @@ import torch
 
 from lowvram.build import Numerics, build
 from lowvram.data import IGNORED, Batch
-from lowvram.perplexity import score
+from lowvram.perplexity import pass_tokens_on, score
 from lowvram.recipe import Recipe, with_overrides
 from lowvram.train import TrainState, accumulate_gradients, train_step
 
@@ -70,9 +70,10 @@ class Rehearsal:
     def evaluate(self) -> None:
         """As many full windows as one forward pass of an evaluation takes."""
         tokens = np.zeros(self.seq_len, dtype=np.int64)
+        windows = max(1, pass_tokens_on(self.state.device) // self.seq_len)
         score(
             self.state.model,
-            [(tokens, self.seq_len, self.seq_len)] * max(1, 4096 // self.seq_len),
+            [(tokens, self.seq_len, self.seq_len)] * windows,
             context_length=self.seq_len,
             stride=max(1, self.seq_len // 2),
             precision=self.numerics.precision,

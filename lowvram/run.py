@@ -143,8 +143,6 @@ def _start(planned: Plan, directory: RunDirectory, display: Display, *, resume: 
     else:
         _begin(job, display)
     reset_peak(job.device)
-    if job.device.type == "cuda":
-        rehearsal_of(state, recipe, planned.numerics).warm_up()
     return job
 
 
@@ -183,6 +181,8 @@ def _train(job: Job, display: Display) -> None:
     total = job.plan.total_steps
     with display.progress("training", every_seconds=0.0) as update, _interrupts() as interrupted:
         try:
+            if job.device.type == "cuda":
+                rehearsal_of(job.state, job.plan.recipe, job.plan.numerics).warm_up()
             for metrics in train(job.state, job.plan.windows(job.state.step)):
                 if metrics.step in (1, total) or _due(metrics.step, job.settings.log_every):
                     update(metrics.step, total, _step_line(metrics, job, total))
@@ -213,11 +213,14 @@ def _too_large(job: Job) -> str:
         f"fit.max_seq_len below {chosen.max_seq_len}",
         "model.dtype: nf4" * (recipe.method.name != "full" and recipe.model.dtype != "nf4"),
     ]
+    saved = (
+        f"The state is saved in {job.directory.checkpoints}; --resume goes on from there, and a "
+        "smaller micro-batch changes nothing else. "
+    ) * (job.saved_step > 0)
     return (
         f"out of memory in step {job.state.step + 1}: {chosen.micro_batch_size} sequences of "
-        f"{chosen.max_seq_len} tokens do not fit. The state is saved in "
-        f"{job.directory.checkpoints}; --resume goes on from there, and a smaller micro-batch "
-        "changes nothing else. What helps: " + ", ".join(lever for lever in levers if lever)
+        f"{chosen.max_seq_len} tokens do not fit. {saved}What helps: "
+        + ", ".join(lever for lever in levers if lever)
     )
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from lowvram.errors import DeviceError, RecipeError
 from lowvram.memory import Card, card_in_machine, card_of_size, find_card
 from lowvram.memory.cards import System
 from lowvram.prediction import with_budget
 from lowvram.recipe import Recipe, parse_size
 
-SYSTEMS = get_args(System)
 # What is free on a card changes all the time; an answer should not.
 _STEP = 64 * 2**20
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from fakes import MIB, measurement, save_without_weights
 
+from lowvram.data import cache_directory
 from lowvram.errors import DoesNotFit
 from lowvram.fit import Fit
-from lowvram.fit_cache import cache_directory, remembered
+from lowvram.fit_cache import remembered
 from lowvram.memory import Card, card_of_size, find_card
 from lowvram.prediction import with_budget
 from lowvram.recipe import Recipe
@@ -52,7 +53,7 @@ def is_known(recipe: Recipe, card: Card = CARD, lengths: tuple[int, int] = LENGT
 
 
 def cached() -> Path:
-    [path] = cache_directory().iterdir()
+    [path] = cache_directory("fits").iterdir()
     return path
 
 
@@ -229,9 +230,9 @@ def test_a_refusal_is_not_remembered(make_recipe: MakeRecipe) -> None:
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
-    assert cache_directory() == tmp_path / "own" / "fits"
+    assert cache_directory("fits") == tmp_path / "own" / "fits"
     monkeypatch.delenv("LOWVRAM_CACHE")
-    assert cache_directory() == tmp_path / "shared" / "lowvram" / "fits"
+    assert cache_directory("fits") == tmp_path / "shared" / "lowvram" / "fits"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / ".cache" / "lowvram" / "fits"
+    assert cache_directory("fits") == tmp_path / ".cache" / "lowvram" / "fits"

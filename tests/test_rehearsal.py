@@ -23,7 +23,15 @@ from lowvram.optimizers import MIN_8BIT_SIZE
 from lowvram.perplexity import score
 from lowvram.prediction import predict, with_budget
 from lowvram.recipe import Recipe
-from lowvram.rehearsal import STEPS, BatchShape, Rehearsal, pinned, rehearse, worst_batch
+from lowvram.rehearsal import (
+    STEPS,
+    BatchShape,
+    Rehearsal,
+    pinned,
+    rehearsal_of,
+    rehearse,
+    worst_batch,
+)
 from lowvram.train import TrainState, train_step
 
 MakeRecipe = Callable[..., Recipe]
@@ -172,8 +180,7 @@ def fifty_steps(
     """With evaluations before, between and after, and prompts continued at last.
 
     Ragged rows are nearly full where they are packed. Where they are not, they are as long as a
-    batch's longest document; a full batch comes first, before memory is in pieces. They are those
-    of a run that was resumed: no evaluation comes before them.
+    batch's longest document. Like a run on a card, they are warmed up before the first.
     """
     recipe = pinned(recipe, shape)
     numerics = choose_numerics(recipe, simulated_device(), CARD.compute_capability)
@@ -192,11 +199,14 @@ def fifty_steps(
         )
 
     def step(state: TrainState) -> None:
-        if state.step == 0 and not ragged:
-            evaluate(state.model)
+        if state.step == 0:
+            if ragged:
+                rehearsal_of(state, recipe, numerics).warm_up()
+            else:
+                evaluate(state.model)
         window = []
         for _ in range(2):
-            width = length if state.step == 0 else draw.randint(shortest, length)
+            width = draw.randint(shortest, length)
             rows = draw.randint(1, most) if ragged and state.step % 10 == 9 else most
             window.append(batch_of(draw, rows, width, packed=packed))
         train_step(state, window)
@@ -277,3 +287,36 @@ def test_warming_up_leaves_no_trace_in_the_training(make_recipe: Any, gpt2_dir: 
     assert all(p.grad is None for p in state.model.parameters())
     assert (state.step, state.optimizer_steps, state.tokens) == (0, 0, 0)
     assert not state.optimizer.state
+
+
+def growing_steps(recipe: Recipe, shape: BatchShape, *, warm: bool) -> MemoryTrace:
+    """Unpacked batches, each longer than the one before."""
+    recipe = pinned(recipe, shape)
+    numerics = choose_numerics(recipe, simulated_device(), CARD.compute_capability)
+    draw, widths = random.Random(0), [*range(64, shape.seq_len, 32), shape.seq_len]
+
+    def step(state: TrainState) -> None:
+        if state.step == 0 and warm:
+            rehearsal_of(state, recipe, numerics).warm_up()
+        batch = batch_of(draw, shape.micro_batch_size, widths[state.step], packed=False)
+        train_step(state, [batch] * 2)
+
+    return simulate(
+        lambda _: build(recipe, total_steps=len(widths), numerics=numerics),
+        step,
+        steps=len(widths),
+        card=with_budget(CARD, 2**40),
+    )
+
+
+def test_a_run_that_was_warmed_up_takes_what_was_predicted_though_its_batches_grow(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Otherwise the allocator keeps blocks of all the sizes that there have been."""
+    recipe, shape = large(make_recipe, tmp_path, "padded")
+    predicted = predict(CARD, recipe, shape).reserved_bytes
+
+    cold, warm = (growing_steps(recipe, shape, warm=warm) for warm in (False, True))
+
+    assert cold.peak_reserved_bytes > 1.1 * predicted
+    assert 0.98 * predicted < warm.peak_reserved_bytes <= 1.02 * predicted

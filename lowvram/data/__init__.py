@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lowvram.data.batches import IGNORED, Batch, make_batch, steps_per_epoch, windows
 from lowvram.data.blocks import Blocks, pack
+from lowvram.data.cache import cache_directory
 from lowvram.data.documents import read_pieces
 from lowvram.data.files import resolve
 from lowvram.data.source import FORMATS, Origin, Piece, ReadReport, Source
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "Split",
     "TokenStore",
+    "cache_directory",
     "make_batch",
     "pack",
     "read_pieces",

@@ -25,13 +25,13 @@ VERSION = 1
 """To be raised when the documents of a source, their tokens or the files of a store change."""
 
 
-def cache_directory() -> Path:
-    """$LOWVRAM_CACHE/tokens, or lowvram/tokens in the user's cache directory."""
+def cache_directory(kind: str = "tokens") -> Path:
+    """$LOWVRAM_CACHE/KIND, or lowvram/KIND in the user's cache directory."""
     own = os.environ.get("LOWVRAM_CACHE")
     if own:
-        return Path(own).expanduser() / "tokens"
+        return Path(own).expanduser() / kind
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "lowvram" / "tokens"
+    return (Path(shared) if shared else Path.home() / ".cache") / "lowvram" / kind
 
 
 def cache_key(source: Source, origins: list[Origin], encoder_key: list[Any]) -> str:

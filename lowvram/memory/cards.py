@@ -93,14 +93,6 @@ class Card:
         return max(0, self.total_bytes - self.context_bytes - held)
 
     @property
-    def cublas_workspace_bytes(self) -> int:
-        """Of one cuBLAS handle, taken from the allocator (ATen, CublasHandlePool.cpp).
-
-        Training has two handles: the forward pass's thread and the backward pass's.
-        """
-        return 33_554_432 if self.compute_capability[0] in (9, 10, 12) else 8_519_680
-
-    @property
     def supports_bf16(self) -> bool:
         return self.compute_capability[0] >= 8
 

@@ -27,6 +27,7 @@ from lowvram.errors import DeviceError
 from lowvram.memory import listener, values
 from lowvram.memory.engine import start_backward_thread
 from lowvram.memory.kernels import output_order
+from lowvram.memory.kernels.tensors import is_dense
 from lowvram.memory.listener import is_simulating
 from lowvram.memory.measure import SIMULATED
 from lowvram.memory.shapes import shapes_of, tensors_in
@@ -36,7 +37,6 @@ from lowvram.memory.storage import (
     empty,
     empty_in_format,
     empty_strided,
-    is_dense,
     on_metadata,
     resize,
 )

@@ -22,8 +22,6 @@ from lowvram.memory import autocast, values
 from lowvram.memory.device import NAME, simulated_device
 from lowvram.memory.storage import empty_storage
 
-_aten: Any = torch.ops.aten
-
 
 class Gauges(Protocol):
     """What `torch.cuda` can be asked about memory, in bytes."""

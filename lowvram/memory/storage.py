@@ -100,17 +100,6 @@ METADATA_ONLY: list[OpOverload] = [
 ]
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Each element has a place of its own, and there are no gaps between them."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
 def alias_of(tensor: Tensor) -> Tensor:
     alias: Tensor = _C._acc.create_empty_tensor((0,), tensor.dtype)
     _set_storage.redispatch(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Category = Literal[
     "base weights",
@@ -19,16 +19,7 @@ Category = Literal[
     "workspaces",
     "temporaries",
 ]
-CATEGORIES: tuple[Category, ...] = (
-    "base weights",
-    "adapters",
-    "gradients",
-    "optimizer states",
-    "activations",
-    "logits and loss",
-    "workspaces",
-    "temporaries",
-)
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 Phase = Literal["build", "forward", "recompute", "backward", "optimizer"]
 
 
@@ -112,7 +103,6 @@ class MemoryTrace:
     budget_bytes: int | None
     peak_reserved_bytes: int
     peak_allocated_bytes: int
-    vocabulary: int | None = None
     segments: Sequence[Any] = field(default=(), repr=False)
     """Of the allocator, at the end."""
 
