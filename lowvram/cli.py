@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -35,7 +36,9 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             click.echo("stopped", err=True)
             sys.exit(130)
         except BrokenPipeError:
-            sys.stderr.close()  # nobody reads on; Python would complain about it at its end
+            # Nobody reads on. What is still in the buffer goes nowhere, or Python would complain
+            # about it at its end, and exit with a code of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
     return wrapper
