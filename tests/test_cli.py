@@ -192,6 +192,7 @@ def test_a_reader_that_has_gone_ends_it_quietly() -> None:
             stdout=writing,
             stderr=subprocess.PIPE,
             text=True,
+            env={key: os.environ[key] for key in os.environ if key != "PYTHONUNBUFFERED"},
         )
     finally:
         os.close(writing)
