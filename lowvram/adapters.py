@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowvram.errors import ModelError
+from lowvram.folded_lora import fold
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -36,7 +37,8 @@ BASE_FILE = "base.json"
 class Adapter:
     """What to add to the frozen base. The update of a weight W is (alpha / rank) B A.
 
-    rslora scales by alpha / sqrt(rank) instead, dora also learns the norm of each output.
+    rslora scales by alpha / sqrt(rank) instead, dora also learns the norm of each output. `folded`
+    computes the same with fewer tensors, where that is possible.
     `target_modules`: names as peft takes them, "all-linear", or "auto" for the usual ones.
     """
 
@@ -46,6 +48,7 @@ class Adapter:
     target_modules: str | Sequence[str] = "auto"
     use_rslora: bool = False
     use_dora: bool = False
+    folded: bool = True
     bias: Literal["none", "all", "lora_only"] = "none"
 
 
@@ -82,6 +85,8 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
                 f"method.bias: {name} of the base would be trained in {parameter.dtype}; "
                 "what is trained is kept in fp32: set model.dtype: fp32 or method.bias: none"
             )
+    if adapter.folded:
+        fold(wrapped)
     return wrapped
 
 

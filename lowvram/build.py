@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lowvram.adapters import Adapter, Base, add_adapter, plain_model
 from lowvram.data import Blocks, Source, TokenStore, pack, split_documents, tokenize
+from lowvram.dropout import speed_up_dropout
 from lowvram.errors import DataError, DeviceError, ModelError, RecipeError
+from lowvram.heap import keep_freed_memory
 from lowvram.loss import head_is_plain
 from lowvram.memory.measure import SIMULATED, compute_capability, has_fast_16_bit, limit_memory
 from lowvram.model import (
@@ -129,11 +131,13 @@ def build(recipe: Recipe, *, total_steps: int, numerics: Numerics | None = None)
     """Model, adapters, optimizer and schedule, on the device, ready for `train_step`.
 
     What `fit` leaves to auto has to be chosen before, as `plan` does in the recipe it returns;
-    here auto is off.
+    here auto is off. A process that trains on the CPU keeps what it frees from then on.
     """
     numerics = numerics or choose_numerics(recipe)
     if recipe.fit.vram_bytes is not None:
         limit_memory(numerics.device, recipe.fit.vram_bytes)
+    if numerics.device.type == "cpu":
+        keep_freed_memory()
     set_seed(recipe.train.seed)
     model = build_model(recipe, numerics)
     settings = recipe.train
@@ -178,6 +182,8 @@ def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
         model = load_model(name, revision=revision, **options)
     if recipe.model.fused_gelu:
         fuse_gelu(model)
+    if recipe.model.fast_dropout and numerics.device.type == "cpu":
+        speed_up_dropout(model)
     if recipe.fit.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # Only the reentrant kind needs inputs that require a gradient.
@@ -197,6 +203,7 @@ def adapter_of(recipe: Recipe) -> Adapter:
         target_modules=method.target_modules,
         use_rslora=method.use_rslora or method.name == "rslora",
         use_dora=method.name == "dora",
+        folded=method.folded,
         bias=method.bias,
     )
 

@@ -41,12 +41,12 @@ def load(name: str, *, base: str | None = None) -> tuple[nn.Module, PreTrainedTo
     if is_adapter(path):
         base_name, revision = check_base(path, base)
         tokenizer = load_tokenizer(base_name, revision)
-        model = load_model(base_name, revision=revision, device=device)
+        model = load_model(base_name, revision=revision, attention="auto", device=device)
         return load_adapter(model, path).eval(), tokenizer
     if base is not None:
         raise RecipeError(f"--base: {name!r} is no adapter, so it has no base")
     found = str(path) if path.is_dir() else name
-    return load_model(found, device=device), load_tokenizer(found)
+    return load_model(found, attention="auto", device=device), load_tokenizer(found)
 
 
 def evaluate_files(

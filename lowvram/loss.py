@@ -137,17 +137,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = chunk_rows(hidden.device.type, weight.shape[0])
+        rows = chunk_rows(weight.shape[0], hidden.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]  # (r, d)
             target = targets[start : start + rows, None]  # (r, 1)
-            logits = F.linear(part, weight, bias).float()  # (r, v)
-            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)  # (r, 1)
-            total += (log_sum - logits.gather(1, target)).sum()
+            log_p = _log_softmax(F.linear(part, weight, bias))  # (r, v) fp32
+            log_p_target = log_p.gather(1, target)  # (r, 1)
+            total -= log_p_target.sum()
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+            grad = log_p.exp_()
+            grad.scatter_add_(1, target, torch.full_like(log_p_target, -1.0))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -170,10 +170,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None)
 
 
-def chunk_rows(device_type: str, vocabulary: int) -> int:
-    """Rows of logits made at a time: about 128 MiB of fp32 on a card, 64 MiB on a CPU."""
-    elements = (16 if device_type == "cpu" else 32) * 2**20
-    return max(16, elements // vocabulary)
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In fp32; those of fp32 on a CPU are overwritten, since fresh memory costs more time there
+    than the function itself. torch's kernel for CPUs reads a row to its end before it writes it.
+    """
+    if logits.dtype == torch.float32 and logits.device.type == "cpu":
+        return torch.log_softmax(logits, 1, out=logits)
+    return torch.log_softmax(logits, 1, dtype=torch.float32)
+
+
+def chunk_rows(vocabulary: int, rows: int) -> int:
+    """How many of `rows` rows of logits are made at a time.
+
+    As many as take 128 MiB in fp32, then made even over the chunks, in multiples of 64, which
+    matrix products like: a last chunk of few rows would take the time of many.
+    """
+    most = max(16, 32 * 2**20 // vocabulary)
+    if most < 64:
+        return most
+    chunks = max(1, -(-rows // (most - most % 64)))
+    return -(-rows // chunks // 64) * 64
 
 
 def decoder(model: nn.Module) -> nn.Module:

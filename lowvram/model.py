@@ -24,7 +24,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GPT2Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,7 +32,9 @@ from transformers.activations import NewGELUActivation
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
+from lowvram.cpu_attention import use_cpu_attention
 from lowvram.errors import LowVRAMError, ModelError
+from lowvram.known_models import known_settings
 
 BaseDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 
@@ -85,22 +86,12 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     return config
 
 
-_GPT2_SIZES = {  # layers, heads, hidden size, as in the config.json of each on the hub
-    "distilgpt2": (6, 12, 768),
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-
-
 def known_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """As `load_config`; the sizes of OpenAI's models are known without asking the hub."""
-    if not Path(name).expanduser().is_dir():
-        short = name.removeprefix("openai-community/").removeprefix("distilbert/")
-        if revision is None and short in _GPT2_SIZES:
-            layers, heads, hidden = _GPT2_SIZES[short]
-            return GPT2Config(n_layer=layers, n_head=heads, n_embd=hidden)
+    """As `load_config`; some models' are known without asking the hub."""
+    if revision is None and not Path(name).expanduser().is_dir():
+        settings = known_settings(name)
+        if settings is not None:
+            return AutoConfig.for_model(**settings)  # type: ignore[no-any-return]
     return load_config(name, revision)
 
 
@@ -132,7 +123,11 @@ def load_model(
     attention: str = "sdpa",
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """The model on `device`, in evaluation mode; `compute_dtype` is that of int8 and nf4."""
+    """The model on `device`, in evaluation mode; `compute_dtype` is that of int8 and nf4.
+
+    `attention` is transformers' name of one, or auto: torch's fused kernel, and on a CPU our own
+    where the model allows it.
+    """
     options: dict[str, Any] = {"dtype": TORCH_DTYPES.get(dtype, compute_dtype)}
     if dtype in ("int8", "nf4"):
         options["quantization_config"] = _quantization(dtype, compute_dtype)
@@ -143,7 +138,7 @@ def load_model(
             locate(name, revision, weights=True),
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation=attention,
+            attn_implementation="sdpa" if attention == "auto" else attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which is refused below, and says which
             **options,
@@ -170,6 +165,8 @@ def load_model(
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     model.eval()
+    if attention == "auto" and device == "cpu":
+        use_cpu_attention(model)
     if "device_map" in options and torch.cuda.is_available():
         torch.cuda.empty_cache()  # transformers reserves room to load into, more than it needs
     return model  # type: ignore[no-any-return]
@@ -188,7 +185,7 @@ def blank_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config,
             trust_remote_code=False,
-            attn_implementation=attention,
+            attn_implementation="sdpa" if attention == "auto" else attention,
             dtype=TORCH_DTYPES.get(dtype, compute_dtype),
         )
         if dtype in ("int8", "nf4"):

@@ -303,7 +303,7 @@ TARGETS = [["c_attn"], ["attn.c_proj"], ["mlp.c_proj"], "all-linear"]
 def test_peft_alone_gives_the_same_logits(
     gpt2_dir: Path, tmp_path: Path, kind: str, targets: Any
 ) -> None:
-    """Within 1e-6 of logits of about 5, on the plain base."""
+    """Within 1e-5 of logits of about 5, on the plain base: folded, sums have another order."""
     adapter = Adapter(**(vars(KINDS[kind]) | {"target_modules": targets}))
     live = trained(gpt2_dir, adapter)
     expected = logits(live)
@@ -313,9 +313,9 @@ def test_peft_alone_gives_the_same_logits(
     assert (logits(base) - expected).abs().max() > 0.1
     found = PeftModel.from_pretrained(base, tmp_path / "adapter")
 
-    assert (logits(found) - expected).abs().max() < 1e-6
+    assert (logits(found) - expected).abs().max() < 1e-5
     ours = load_adapter(load_model(str(gpt2_dir)), tmp_path / "adapter")
-    assert (logits(ours) - expected).abs().max() < 1e-6
+    assert (logits(ours) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,7 +328,7 @@ def test_peft_alone_gives_the_same_logits_on_llama(
     base = AutoModelForCausalLM.from_pretrained(llama_dir)
     found = PeftModel.from_pretrained(base, tmp_path / "adapter")
 
-    assert (logits(found) - logits(live)).abs().max() < 1e-6
+    assert (logits(found) - logits(live)).abs().max() < 1e-5
     assert (logits(load_model(str(llama_dir))) - logits(live)).abs().max() > 0.1
 
 

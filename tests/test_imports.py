@@ -14,10 +14,15 @@ PACKAGE = Path(__file__).parent.parent / "lowvram"
 
 LAYERS = {
     "errors": 0,
+    "dropout": 0,
+    "heap": 0,
+    "cpu_attention": 1,
+    "known_models": 1,
     "memory": 1,
     "recipe": 1,
     "data": 2,
     "model": 2,
+    "folded_lora": 1,
     "adapters": 2,
     "optimizers": 2,
     "directory": 2,
@@ -50,7 +55,7 @@ LAYERS = {
 
 # Third-party package -> the only modules of ours that may import it.
 HOMES = {
-    "peft": {"adapters"},
+    "peft": {"adapters", "folded_lora"},
     "bitsandbytes": {"optimizers"},
     "evaluate": {"perplexity"},
     "datasets": {"data"},

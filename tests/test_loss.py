@@ -36,7 +36,7 @@ VOCABULARY = 61
 
 @pytest.fixture
 def chunks_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda rows: monkeypatch.setattr(module, "chunk_rows", lambda device, size: rows)
+    return lambda rows: monkeypatch.setattr(module, "chunk_rows", lambda vocabulary, all_rows: rows)
 
 
 class HeadOnly(nn.Module):
@@ -253,10 +253,11 @@ def test_no_more_logits_than_a_chunk_are_made(
 
 
 def test_chunks_are_sized_by_the_vocabulary() -> None:
-    """64 MiB of fp32 logits on a CPU, 128 MiB on a card, never less than 16 rows."""
-    assert module.chunk_rows("cpu", 50257) == 333
-    assert module.chunk_rows("cuda", 50257) == 667
-    assert module.chunk_rows("cuda", 10**9) == 16
+    """128 MiB of fp32 logits at most, even chunks, never less than 16 rows."""
+    assert module.chunk_rows(50257, 2044) == 512  # four times 511 rather than three times 640 + 124
+    assert module.chunk_rows(50257, 32 * 1022) == 640
+    assert module.chunk_rows(50257, 100) == 128
+    assert module.chunk_rows(10**9, 2044) == 16
 
 
 def gptj() -> PreTrainedModel:
@@ -418,7 +419,8 @@ def test_the_fused_gelu_is_gelu_new() -> None:
 
 def test_with_both_off_the_forward_pass_is_hugging_faces(make_recipe: Any, gpt2_dir: Path) -> None:
     """A fresh adapter adds nothing, so logits and loss are the base's to the bit."""
-    recipe = make_recipe(**{"model.fused_gelu": False, "train.chunked_loss": False})
+    plain = {"model.attention": "sdpa", "model.fused_gelu": False, "train.chunked_loss": False}
+    recipe = make_recipe(**plain, **{"method.folded": False})
     state = build(recipe, total_steps=3)
     reference = AutoModelForCausalLM.from_pretrained(gpt2_dir, dtype=torch.float32)
     labels = make_labels(3, 9, ignored=True)
@@ -432,3 +434,14 @@ def test_with_both_off_the_forward_pass_is_hugging_faces(make_recipe: Any, gpt2_
     activations = [m for m in fused.model.modules() if isinstance(m, nn.GELU)]
     assert [m.approximate for m in activations] == ["tanh", "tanh"]
     torch.testing.assert_close(fused.model(ids).logits, reference(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 50257), (3, 4097), (700, 13)])
+def test_softmax_in_place_is_softmax(shape: tuple[int, int]) -> None:
+    """To the bit, for rows shorter and longer than a vector, a block and a cache."""
+    torch.manual_seed(0)
+    logits = 30 * torch.randn(shape)
+    expected = torch.log_softmax(logits, 1)
+    found = module._log_softmax(logits)
+    assert found.data_ptr() == logits.data_ptr()
+    assert torch.equal(found, expected)

@@ -23,7 +23,7 @@ from pydantic import (
 
 from lowvram.errors import RecipeError
 
-ADAPTER_KEYS = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "bias")
+ADAPTER_KEYS = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "folded", "bias")
 EMBEDDING_MODULES = ("wte", "wpe", "lm_head", "embed_tokens", "embed_in", "embed_out")
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -111,10 +111,12 @@ class ModelSection(Section):
     """Branch, tag or commit of a hub model; null takes the default branch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = "auto"
     """How the frozen base weights are stored while training."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel: torch's fused one, or plain matrix products."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention: torch's fused kernel, or plain matrix products; auto has one for CPUs as well."""
     fused_gelu: bool = True
     """Compute GPT-2's GELU with one fused kernel that keeps fewer activations."""
+    fast_dropout: bool = True
+    """On a CPU, draw the random numbers of dropout several at a time, and keep a byte of each."""
 
 
 class DataSection(Section):
@@ -176,6 +178,8 @@ class MethodSection(Section):
     """Layers that get an adapter: auto (the attention input), all-linear, or their names."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank); implied by `name: rslora`."""
+    folded: bool = True
+    """Add the adapter's product to the layer's output in place; false is peft's own computation."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases that are trained as well."""
 
