@@ -37,6 +37,7 @@ from lowvram.model import (
     parameter_count,
     weights_sha256,
 )
+from lowvram.norms import make_norms_lean
 from lowvram.optimizers import learning_rate_at, make_optimizer
 from lowvram.recipe import Recipe
 from lowvram.train import Precision, TrainState, make_scaler
@@ -182,6 +183,8 @@ def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
         model = load_model(name, revision=revision, **options)
     if recipe.model.fused_gelu:
         fuse_gelu(model)
+    if recipe.model.lean_norms:
+        make_norms_lean(model)
     if recipe.model.fast_dropout and numerics.device.type == "cpu":
         speed_up_dropout(model)
     if recipe.fit.gradient_checkpointing is True:

@@ -157,6 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, part)  # without a temporary the size of the weight
             elif grad_weight is not None:
                 grad_weight += torch.mm(grad.T, part)
+            del log_p, grad  # before those of the next chunk are made
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total
 

@@ -32,7 +32,7 @@ from transformers.activations import NewGELUActivation
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
-from lowvram.cpu_attention import use_cpu_attention
+from lowvram.attention import use_own_attention
 from lowvram.errors import LowVRAMError, ModelError
 from lowvram.known_models import known_settings
 
@@ -91,7 +91,7 @@ def known_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if revision is None and not Path(name).expanduser().is_dir():
         settings = known_settings(name)
         if settings is not None:
-            return AutoConfig.for_model(**settings)  # type: ignore[no-any-return]
+            return AutoConfig.for_model(**settings)
     return load_config(name, revision)
 
 
@@ -125,8 +125,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The model on `device`, in evaluation mode; `compute_dtype` is that of int8 and nf4.
 
-    `attention` is transformers' name of one, or auto: torch's fused kernel, and on a CPU our own
-    where the model allows it.
+    `attention` is transformers' name of one, or auto: our own where the model allows it, else
+    torch's fused kernel.
     """
     options: dict[str, Any] = {"dtype": TORCH_DTYPES.get(dtype, compute_dtype)}
     if dtype in ("int8", "nf4"):
@@ -165,8 +165,8 @@ def load_model(
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     model.eval()
-    if attention == "auto" and device == "cpu":
-        use_cpu_attention(model)
+    if attention == "auto":
+        use_own_attention(model)
     if "device_map" in options and torch.cuda.is_available():
         torch.cuda.empty_cache()  # transformers reserves room to load into, more than it needs
     return model  # type: ignore[no-any-return]
@@ -191,6 +191,8 @@ def blank_model(
         if dtype in ("int8", "nf4"):
             _quantize_blank(model, _quantization(dtype, compute_dtype), compute_dtype, device)
         nn.Module.to(model, device)  # transformers' own refuses quantised models
+    if attention == "auto":
+        use_own_attention(model)
     model.eval()
     return model
 

@@ -112,9 +112,11 @@ class ModelSection(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = "auto"
     """How the frozen base weights are stored while training."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention: torch's fused kernel, or plain matrix products; auto has one for CPUs as well."""
+    """Attention: torch's fused kernel, or plain matrix products; auto is the first, made leaner."""
     fused_gelu: bool = True
     """Compute GPT-2's GELU with one fused kernel that keeps fewer activations."""
+    lean_norms: bool = True
+    """With weights in 16 bits, keep a layer norm's input and output in 16 bits, too."""
     fast_dropout: bool = True
     """On a CPU, draw the random numbers of dropout several at a time, and keep a byte of each."""
 

@@ -1,9 +1,14 @@
-"""Causal attention for training on a CPU, a block of queries at a time.
+"""Attention as transformers calls it, for the models that we train.
 
-torch's own kernel for CPUs computes all pairs, the half above the diagonal included, knows packed
-documents only by a mask, and cannot drop anything: with dropout torch falls back to keeping several
-matrices of s x s for each head. Here scores are computed for the pairs that count, in a buffer that
-stays in the cache, and computed again in the backward pass.
+On a card it is torch's fused kernel. Only the mask that keeps packed documents apart is made
+otherwise: once for all blocks, as the numbers that the kernel adds. From transformers' mask of
+booleans torch makes those in every block anew, and keeps each for the backward pass.
+
+On a CPU it is our own, a block of queries at a time. torch's kernel for CPUs computes all pairs,
+the half above the diagonal included, knows packed documents only by a mask, and cannot drop
+anything: with dropout torch falls back to keeping several matrices of s x s for each head. Here
+scores are computed for the pairs that count, in a buffer that stays in the cache, and computed
+again in the backward pass.
 
 Shapes: b rows of s tokens, h heads of size d; t = b * s tokens in all. A group is n documents of
 up to l tokens, padded at the end, where a causal mask hides the padding from all others.
@@ -24,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lowvram.dropout import keep_mask, keep_probability
 
-NAME = "lowvram_cpu"
+NAME = "lowvram"
 """As transformers knows it."""
 FAMILIES = ("gpt2", "llama")
 """Model types whose attention is plain: causal, without windows, caps or biases."""
@@ -120,13 +125,15 @@ def causal_attention(  # noqa: PLR0913 - as transformers calls it
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls its attention functions; (b, s, h, d).
 
-    What is not training or scoring in fp32 (a cache, a mask of padding) goes to torch's kernel.
+    Our own is for training and scoring on a CPU in fp32: what has a cache or a mask of padding goes
+    to torch's kernel there, too.
     """
     rows, heads, row_length, size = query.shape
-    plain = attention_mask is None and key.shape[2] == row_length > 1
+    on_cpu = query.device.type == "cpu"
+    plain = on_cpu and attention_mask is None and key.shape[2] == row_length > 1
     if not plain or query.dtype != torch.float32 or keep_probability(dropout) == 0.0:
         if plain:
-            attention_mask = _mask(document_starts(position_ids, rows, row_length), query)
+            attention_mask = _seen(document_starts(position_ids, rows, row_length), query)
         sdpa = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
@@ -145,7 +152,7 @@ def causal_attention(  # noqa: PLR0913 - as transformers calls it
     return outputs.view(rows, row_length, heads, size), None
 
 
-def _mask(starts: list[int], query: torch.Tensor) -> torch.Tensor:
+def _seen(starts: list[int], query: torch.Tensor) -> torch.Tensor:
     """True where a token sees another: (b, 1, s, s)."""
     rows, _, row_length, _ = query.shape
     begins = torch.zeros(rows * row_length, dtype=torch.int64)
@@ -155,21 +162,35 @@ def _mask(starts: list[int], query: torch.Tensor) -> torch.Tensor:
     return same & torch.ones(row_length, row_length, dtype=torch.bool).tril()
 
 
-def _no_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """Masks are for padding and for caches; documents are told apart by their positions."""
-    if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"]:
+def make_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """As transformers calls its mask functions; (b, 1, s, s), or None for a causal one.
+
+    On a CPU, `causal_attention` tells documents apart by their positions.
+    """
+    on_cpu = kwargs["device"].type == "cpu"
+    if on_cpu and attention_mask is None and kwargs["q_length"] == kwargs["kv_length"]:
         return None
     mask: torch.Tensor | None = sdpa_mask(attention_mask=attention_mask, **kwargs)
-    return mask
+    if mask is None or on_cpu:
+        return mask
+    if torch.is_autocast_enabled(mask.device.type):
+        return to_numbers(mask, torch.get_autocast_dtype(mask.device.type))
+    return to_numbers(mask, kwargs["dtype"])
 
 
-def use_cpu_attention(model: PreTrainedModel) -> bool:
-    """Let a model on the CPU use `causal_attention` if its family can; whether it can."""
+def to_numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What torch's kernels add to the scores for a mask that is true where a token is seen."""
+    numbers = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return numbers.masked_fill_(mask.logical_not(), -torch.inf)
+
+
+def use_own_attention(model: PreTrainedModel) -> bool:
+    """Let a model use `causal_attention` if its family can; whether it can."""
     config = model.config
     if config.model_type not in FAMILIES or getattr(config, "add_cross_attention", False):
         return False
     AttentionInterface.register(NAME, causal_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, make_mask)
     model.set_attn_implementation(NAME)
     return True
 

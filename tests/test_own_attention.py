@@ -1,4 +1,4 @@
-"""Attention for CPUs against the textbook formula in 64 bits, and inside whole models."""
+"""Attention against the textbook formula in 64 bits, and inside whole models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from conftest import make_gpt2, make_llama
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowvram import cpu_attention as module
-from lowvram.cpu_attention import NAME, causal_attention, document_starts, use_cpu_attention
+from lowvram import attention as module
+from lowvram.attention import NAME, causal_attention, document_starts, use_own_attention
 from lowvram.dropout import keep_mask, keep_probability
 from lowvram.loss import token_loss
+from lowvram.memory import find_card, simulate
+from lowvram.model import blank_model
 
 Tensors = tuple[torch.Tensor, ...]
 SCALE = 0.3
@@ -150,7 +152,7 @@ def test_models_compute_what_they_did(make: Any, packed: bool) -> None:
     for attention in ("sdpa", NAME):
         model = make()
         if attention == NAME:
-            assert use_cpu_attention(model)
+            assert use_own_attention(model)
         places = positions(rows) if packed else None
         loss = token_loss(model, ids, ids, places, target_tokens=62)
         loss.backward()
@@ -189,12 +191,58 @@ def test_other_uses_go_to_torchs_kernel(use: Any) -> None:
     """Padding on the left, a cache, 16 bits: to the bit what they are without ours."""
     expected = use(make_gpt2().eval())
     model = make_gpt2().eval()
-    use_cpu_attention(model)
+    use_own_attention(model)
     assert torch.equal(use(model), expected)
 
 
 def test_unknown_families_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_gpt2()
     monkeypatch.setattr(module, "FAMILIES", ("llama",))
-    assert not use_cpu_attention(model)
+    assert not use_own_attention(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_numbers_is_the_mask_of_booleans(dtype: torch.dtype) -> None:
+    """To the bit, in torch's own attention."""
+    rows = [[20, 9, 3], [1, 31]]
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 32, 8, dtype=dtype)
+    seen = module._seen(document_starts(positions(rows), 2, 32), query)
+    with_booleans, with_numbers = (
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        for mask in (seen, module.to_numbers(seen, dtype))
+    )
+    assert torch.equal(with_booleans, with_numbers)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "auto"])
+def test_on_a_card_blocks_share_the_mask_of_packed_documents(attention: str) -> None:
+    """Simulated, bf16, without dropout: what torch keeps of a mask, once a block or once a model.
+
+    Rows of 64 tokens, so that the mask needs no copy with aligned rows.
+    """
+    kept: dict[int, torch.Size] = {}
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        if saved.shape[-2:] == (64, 64) and saved.dtype == torch.bfloat16:
+            kept[saved.untyped_storage().data_ptr()] = saved.shape
+        return saved
+
+    def make(device: torch.device) -> PreTrainedModel:
+        config = make_gpt2(n_layer=3).config
+        return blank_model(config, dtype="bf16", attention=attention, device=str(device))
+
+    def step(model: PreTrainedModel) -> None:
+        device = next(model.parameters()).device
+        ids = torch.zeros(2, 64, dtype=torch.int64, device=device)
+        places = positions([[40, 24], [64]]).to(device)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
+            torch.autocast("cuda", torch.bfloat16),
+        ):
+            output = model(ids, position_ids=places, use_cache=False)
+        output.logits.float().sum().backward()
+
+    simulate(make, step, card=find_card("rtx-4070-ti"), steps=1)
+    assert len(kept) == (3 if attention == "sdpa" else 1)
