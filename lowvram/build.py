@@ -40,6 +40,7 @@ from lowvram.model import (
 from lowvram.norms import make_norms_lean
 from lowvram.optimizers import learning_rate_at, make_optimizer
 from lowvram.recipe import Recipe
+from lowvram.tensorwise import FusedBackward
 from lowvram.train import Precision, TrainState, make_scaler
 
 
@@ -77,6 +78,11 @@ def choose_numerics(
     if capability is None and device.type == "cuda":
         capability = compute_capability(device)
     precision, notes = _precision(recipe.train.precision, capability)
+    if precision == "fp16" and recipe.train.fused_backward:
+        raise DeviceError(
+            "train.precision: auto is fp16 on this card, whose loss scale needs all gradients "
+            "before the first update; set train.fused_backward: false, or train.precision: fp32"
+        )
     dtype = recipe.model.dtype
     if dtype == "auto":
         trains_base = recipe.method.name == "full" or recipe.method.bias != "none"
@@ -152,6 +158,7 @@ def build(recipe: Recipe, *, total_steps: int, numerics: Numerics | None = None)
     return TrainState(
         model=model,
         optimizer=optimizer,
+        fused=FusedBackward(optimizer) if settings.fused_backward else None,
         learning_rate=partial(
             learning_rate_at,
             peak=settings.learning_rate,
@@ -169,7 +176,7 @@ def build(recipe: Recipe, *, total_steps: int, numerics: Numerics | None = None)
 
 
 def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
-    """The base in its dtype with fp32 adapters on it, or the whole model in fp32."""
+    """The base in its dtype with fp32 adapters on it, or the whole model in fp32 or bf16."""
     name, revision = recipe.model.name, recipe.model.revision
     options: dict[str, Any] = {
         "dtype": numerics.base_dtype,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lowvram.errors import CheckpointError
+from lowvram.tensorwise import load_state
 from lowvram.train import TrainState
 
 FORMAT = 1
@@ -149,7 +150,7 @@ def _restore(state: TrainState, path: Path, facts: dict[str, Any]) -> None:
         for name, parameter in own.items():
             parameter.copy_(saved[name])
     tensors = load_file(path / OPTIMIZER_FILE)
-    state.optimizer.load_state_dict(_unpack(facts["optimizer"], tensors))
+    load_state(state.optimizer, _unpack(facts["optimizer"], tensors))
     state.step = facts["step"]
     state.optimizer_steps = facts["optimizer_steps"]
     state.tokens = facts["tokens"]

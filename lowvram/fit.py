@@ -128,6 +128,8 @@ def _options(recipe: Recipe, seq_len: int) -> Iterator[BatchShape]:
     rows = [n for n in range(size, 0, -1) if size % n == 0]
     if wanted.micro_batch_size != "auto":
         rows = [wanted.micro_batch_size]
+    elif recipe.train.fused_backward:
+        rows = [size]
     useful = min(rows[0], -(-_USEFUL_TOKENS // seq_len))
     if wanted.gradient_checkpointing == "auto":
         order = [(n, checkpointing) for checkpointing in (False, True) for n in rows if n >= useful]
@@ -163,6 +165,8 @@ def _for_cpu(recipe: Recipe, seq_len: int) -> Fit:
     wanted, size = recipe.fit, recipe.train.global_batch_size
     if wanted.micro_batch_size != "auto":
         micro, reason = wanted.micro_batch_size, "as the recipe says"
+    elif recipe.train.fused_backward:
+        micro, reason = size, "one micro-batch a step, for train.fused_backward"
     else:
         rows = [n for n in range(1, size + 1) if size % n == 0]
         micro = max(n for n in rows if n == 1 or n * seq_len <= _CPU_TOKENS)

@@ -7,6 +7,7 @@ optimizer steps, an evaluation in passing and taking the adapter off the card.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,9 @@ class Rehearsal:
             self.evaluate()
             self.state.model.train()
             targets = sum(batch.target_tokens for batch in self.window)
-            accumulate_gradients(self.state, self.window, targets)
+            fused = self.state.fused
+            with fused.without_updates() if fused else nullcontext():
+                accumulate_gradients(self.state, self.window, targets)
             self.state.optimizer.zero_grad(set_to_none=True)
 
     def save(self) -> None:

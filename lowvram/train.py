@@ -22,6 +22,7 @@ from lowvram.data import Batch
 from lowvram.errors import TrainingError
 from lowvram.loss import token_loss
 from lowvram.optimizers import set_learning_rate
+from lowvram.tensorwise import FusedBackward, take_step
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -40,6 +41,8 @@ class TrainState:
     precision: Precision = "fp32"
     scaler: torch.amp.GradScaler | None = None
     """For fp16 only."""
+    fused: FusedBackward | None = None
+    """Takes the optimizer's steps inside the backward pass; for one micro-batch a step."""
     max_grad_norm: float | None = 1.0
     label_smoothing: float = 0.0
     chunked_loss: bool = True
@@ -125,10 +128,16 @@ def train_step(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
     learning_rate = state.learning_rate(state.optimizer_steps)
     set_learning_rate(state.optimizer, learning_rate)
     target_tokens = sum(batch.target_tokens for batch in window)
+    if state.fused is not None:
+        state.fused.begin()
     loss = accumulate_gradients(state, window, target_tokens)
     grad_norm, skipped = 0.0, None
     if target_tokens == 0:
         skipped = "empty"
+    elif state.fused is not None:
+        grad_norm, skipped = state.fused.end()
+        if not math.isfinite(loss):
+            skipped = "nonfinite"
     else:
         grad_norm = _unscale_and_clip(state)
         skipped = _step_unless_nonfinite(state, loss, grad_norm)
@@ -150,6 +159,10 @@ def train_step(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
 
 def accumulate_gradients(state: TrainState, window: Sequence[Batch], target_tokens: int) -> float:
     """Gradients of the window's mean loss; returns that loss."""
+    if state.fused is not None and len(window) > 1:
+        raise TrainingError(
+            f"{len(window)} micro-batches in a step: with train.fused_backward there can be one"
+        )
     model = plain_model(state.model)
     device = state.device
     total = torch.zeros((), dtype=torch.float32, device=device)
@@ -171,6 +184,8 @@ def accumulate_gradients(state: TrainState, window: Sequence[Batch], target_toke
             raise TrainingError(_NOTHING_TO_TRAIN)
         loss = loss / target_tokens
         total += loss.detach()
+        if state.fused is not None and not math.isfinite(total.item()):
+            break  # the backward pass would update the weights
         (state.scaler.scale(loss) if state.scaler else loss).backward()
         del loss  # its graph's inputs would otherwise live through the next forward pass
     return total.item()
@@ -198,7 +213,7 @@ def _step_unless_nonfinite(
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if state.scaler is None:
         if finite:
-            state.optimizer.step()
+            take_step(state.optimizer)
     else:
         if finite:
             state.scaler.step(state.optimizer)

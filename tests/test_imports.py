@@ -18,6 +18,8 @@ LAYERS = {
     "heap": 0,
     "attention": 1,
     "norms": 0,
+    "rounding": 0,
+    "tensorwise": 1,
     "known_models": 1,
     "memory": 1,
     "recipe": 1,

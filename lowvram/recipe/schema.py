@@ -218,6 +218,8 @@ class TrainSection(Section):
         "adamw8bit"
     )
     """Optimizer; the 8-bit ones are from bitsandbytes."""
+    fused_backward: bool = False
+    """Update each tensor in the backward pass and drop its gradient; for full fine-tuning."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Number format of the matrix products."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
@@ -313,6 +315,8 @@ class Conflict:
 
 def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _method_conflicts(recipe)
+    if recipe.train.fused_backward:
+        yield from _fused_conflicts(recipe)
     yield from _validation_conflicts(recipe.data)
     yield from _batch_conflicts(recipe)
 
@@ -320,11 +324,12 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
 def _method_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     model, method = recipe.model, recipe.method
     if method.name == "full":
-        if model.dtype not in ("auto", "fp32"):
+        if model.dtype not in ("auto", "fp32", "bf16"):
             yield Conflict(
                 keys=("model.dtype", "method.name"),
-                message=f"{model.dtype} does not go with method.name: full, which trains fp32 "
-                "master weights. Write fp32 or auto, or choose method.name: lora",
+                message=f"{model.dtype} does not go with method.name: full, which trains the "
+                "weights themselves. Write fp32 or auto, or bf16, whose updates are rounded by "
+                "chance, or choose method.name: lora",
             )
         for key in ADAPTER_KEYS:
             if key in method.model_fields_set:
@@ -337,6 +342,35 @@ def _method_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             keys=("method.use_rslora", "method.name"),
             message="false contradicts method.name: rslora. Remove it, or choose method.name: lora",
+        )
+
+
+def _fused_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    train, micro = recipe.train, recipe.fit.micro_batch_size
+    if recipe.method.name != "full":
+        yield Conflict(
+            keys=("train.fused_backward", "method.name"),
+            message=f"has no use with method.name: {recipe.method.name}, whose gradients are "
+            "small. Remove it, or choose method.name: full",
+        )
+    if train.max_grad_norm is not None:
+        yield Conflict(
+            keys=("train.max_grad_norm", "train.fused_backward"),
+            message=f"{train.max_grad_norm} needs all gradients before the first update, which "
+            "train.fused_backward does not keep. Write null, and a lower train.learning_rate",
+        )
+    if train.precision == "fp16":
+        yield Conflict(
+            keys=("train.precision", "train.fused_backward"),
+            message="fp16 scales the loss, and skips a step whose gradients overflow, which is "
+            "known too late with train.fused_backward. Write bf16, fp32 or auto",
+        )
+    if micro not in ("auto", train.global_batch_size):
+        yield Conflict(
+            keys=("fit.micro_batch_size", "train.fused_backward"),
+            message=f"{micro} makes several micro-batches of train.global_batch_size: "
+            f"{train.global_batch_size}, whose gradients would have to be kept. Write "
+            f"{train.global_batch_size} or auto, or change train.global_batch_size",
         )
 
 
