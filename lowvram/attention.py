@@ -179,9 +179,13 @@ def make_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torc
 
 
 def to_numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What torch's kernels add to the scores for a mask that is true where a token is seen."""
-    numbers = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return numbers.masked_fill_(mask.logical_not(), -torch.inf)
+    """What torch's kernels add to the scores for a mask that is true where a token is seen.
+
+    Its rows are a multiple of 16 apart: else torch makes a copy for each block in which they are.
+    """
+    width = -(-mask.shape[-1] // 16) * 16
+    numbers = torch.zeros(*mask.shape[:-1], width, dtype=dtype, device=mask.device)
+    return numbers[..., : mask.shape[-1]].masked_fill_(mask.logical_not(), -torch.inf)
 
 
 def use_own_attention(model: PreTrainedModel) -> bool:

@@ -218,14 +218,11 @@ def test_a_mask_of_numbers_is_the_mask_of_booleans(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "auto"])
 def test_on_a_card_blocks_share_the_mask_of_packed_documents(attention: str) -> None:
-    """Simulated, bf16, without dropout: what torch keeps of a mask, once a block or once a model.
-
-    Rows of 64 tokens, so that the mask needs no copy with aligned rows.
-    """
+    """Simulated, bf16, rows of 50 tokens: what torch keeps of a mask, once a block or a model."""
     kept: dict[int, torch.Size] = {}
 
     def keep(saved: torch.Tensor) -> torch.Tensor:
-        if saved.shape[-2:] == (64, 64) and saved.dtype == torch.bfloat16:
+        if saved.shape[-2:] == (50, 50) and saved.dtype == torch.bfloat16:
             kept[saved.untyped_storage().data_ptr()] = saved.shape
         return saved
 
@@ -235,8 +232,8 @@ def test_on_a_card_blocks_share_the_mask_of_packed_documents(attention: str) -> 
 
     def step(model: PreTrainedModel) -> None:
         device = next(model.parameters()).device
-        ids = torch.zeros(2, 64, dtype=torch.int64, device=device)
-        places = positions([[40, 24], [64]]).to(device)
+        ids = torch.zeros(2, 50, dtype=torch.int64, device=device)
+        places = positions([[30, 20], [50]]).to(device)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
             torch.autocast("cuda", torch.bfloat16),

@@ -104,7 +104,7 @@ def test_more_rows_take_more_and_checkpointing_takes_less(make_recipe: MakeRecip
     sizes = [predict(CARD, recipe, shape_of(rows)).allocated_bytes for rows in (100, 200, 300)]
 
     assert sizes == sorted(set(sizes))
-    assert predict(CARD, recipe, shape_of(300, checkpointing=True)).allocated_bytes < sizes[1]
+    assert predict(CARD, recipe, shape_of(300, checkpointing=True)).allocated_bytes < 0.9 * sizes[2]
 
 
 def test_the_global_batch_need_not_be_a_multiple(make_recipe: MakeRecipe) -> None:

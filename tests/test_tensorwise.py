@@ -41,7 +41,8 @@ def make_state(
     checkpointing: bool = False,
     learning_rate: float = 1e-2,
 ) -> TrainState:
-    model: Any = make_gpt2().to(dtype)
+    model: Any = make_gpt2()
+    model.to(dtype)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(
