@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowvram.adapters import Adapter, Base, add_adapter, plain_model
+from lowvram.checkpointing import recompute
 from lowvram.data import Blocks, Source, TokenStore, pack, split_documents, tokenize
 from lowvram.dropout import speed_up_dropout
 from lowvram.errors import DataError, DeviceError, ModelError, RecipeError
@@ -192,12 +193,14 @@ def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
         fuse_gelu(model)
     if recipe.model.lean_norms:
         make_norms_lean(model)
+    if numerics.base_dtype == "int8":
+        from lowvram.int8 import keep_no_inputs  # bitsandbytes takes a second to import
+
+        keep_no_inputs(model)
     if recipe.model.fast_dropout and numerics.device.type == "cpu":
         speed_up_dropout(model)
-    if recipe.fit.gradient_checkpointing is True:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        # Only the reentrant kind needs inputs that require a gradient.
-        model.disable_input_require_grads()
+    if recipe.fit.gradient_checkpointing != "auto":
+        recompute(model, recipe.fit.gradient_checkpointing)
     if recipe.method.name == "full":
         return model.requires_grad_(True)
     wrapped: nn.Module = add_adapter(model, adapter_of(recipe))

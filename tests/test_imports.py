@@ -18,6 +18,7 @@ LAYERS = {
     "heap": 0,
     "attention": 1,
     "norms": 0,
+    "int8": 0,
     "rounding": 0,
     "tensorwise": 1,
     "known_models": 1,
@@ -34,6 +35,7 @@ LAYERS = {
     "perplexity": 3,
     "generate": 3,
     "checkpoint": 4,
+    "checkpointing": 2,
     "build": 4,
     "merge": 4,
     "display": 4,
@@ -59,7 +61,7 @@ LAYERS = {
 # Third-party package -> the only modules of ours that may import it.
 HOMES = {
     "peft": {"adapters", "folded_lora"},
-    "bitsandbytes": {"optimizers"},
+    "bitsandbytes": {"optimizers", "int8"},
     "evaluate": {"perplexity"},
     "datasets": {"data"},
     "ruamel": {"recipe"},
