@@ -349,9 +349,10 @@ def long_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [name for name, _ in list_recipes()])
 def test_recipes_that_ship_run(
-    name: str, long_gpt2_dir: Path, text_file: Path, tmp_path: Path
+    name: str, long_gpt2_dir: Path, llama_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     source = text_file
+    base = llama_dir if name.startswith("llama") else long_gpt2_dir
     changes: dict[str, Any] = {}
     if name == "e2e-lora":
         source = tmp_path / "e2e.txt"
@@ -359,7 +360,7 @@ def test_recipes_that_ship_run(
         source.write_text("\n".join(pairs))
         changes["fit.max_seq_len"] = 32
     changes |= {
-        "model.name": str(long_gpt2_dir),
+        "model.name": str(base),
         "data.source": str(source),
         "train.max_steps": 2,
         "generate.max_new_tokens": 2,
@@ -369,9 +370,13 @@ def test_recipes_that_ship_run(
 
     result = go(recipe)
 
-    check_output(result, long_gpt2_dir, method=recipe.method.name)
+    check_output(result, base, method=recipe.method.name)
     assert result.steps == 2
-    expected = {"gpt2-large-int8-lora": "int8", "gpt2-xl-nf4-lora": "nf4"}
+    expected = {
+        "gpt2-large-int8-lora": "int8",
+        "gpt2-xl-nf4-lora": "nf4",
+        "llama-3b-nf4-lora": "nf4",
+    }
     if name in expected:
         assert result.numerics["base_dtype"] == expected[name]
 
