@@ -18,8 +18,9 @@ from lowvram.data import Source, tokenize
 from lowvram.display import Display
 from lowvram.errors import RecipeError
 from lowvram.generate import Continuation, Sampling, generate, stream
+from lowvram.heap import keep_freed_memory
 from lowvram.merge import check_base
-from lowvram.model import context_length, load_model, load_tokenizer
+from lowvram.model import context_length, fuse_gelu, load_model, load_tokenizer
 from lowvram.perplexity import PerplexityResult, score
 
 _LONGEST_CONTEXT = 1024  # by default; longer ones are asked for
@@ -33,6 +34,8 @@ def load(name: str, *, base: str | None = None) -> tuple[nn.Module, PreTrainedTo
     one or `base`), or the directory of a run, which stands for its merged checkpoint.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     path = Path(name).expanduser()
     if (path / "merged" / "config.json").is_file():
         path = path / "merged"
@@ -42,11 +45,14 @@ def load(name: str, *, base: str | None = None) -> tuple[nn.Module, PreTrainedTo
         base_name, revision = check_base(path, base)
         tokenizer = load_tokenizer(base_name, revision)
         model = load_model(base_name, revision=revision, attention="auto", device=device)
+        fuse_gelu(model)
         return load_adapter(model, path).eval(), tokenizer
     if base is not None:
         raise RecipeError(f"--base: {name!r} is no adapter, so it has no base")
     found = str(path) if path.is_dir() else name
-    return load_model(found, attention="auto", device=device), load_tokenizer(found)
+    model = load_model(found, attention="auto", device=device)
+    fuse_gelu(model)
+    return model, load_tokenizer(found)
 
 
 def evaluate_files(

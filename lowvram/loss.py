@@ -141,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]  # (r, d)
             target = targets[start : start + rows, None]  # (r, 1)
-            log_p = _log_softmax(F.linear(part, weight, bias))  # (r, v) fp32
+            log_p = log_softmax(F.linear(part, weight, bias))  # (r, v) fp32
             log_p_target = log_p.gather(1, target)  # (r, 1)
             total -= log_p_target.sum()
             if not (wants_hidden or wants_weight or wants_bias):
@@ -171,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None)
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """In fp32; those of fp32 on a CPU are overwritten, since fresh memory costs more time there
     than the function itself. torch's kernel for CPUs reads a row to its end before it writes it.
     """

@@ -26,12 +26,11 @@ from evaluate.info import Features, MetricInfo, Value
 from torch import nn
 
 from lowvram.errors import DataError, ModelError, RecipeError
-from lowvram.loss import head_is_plain
+from lowvram.loss import chunk_rows, head_is_plain, log_softmax
 from lowvram.model import evaluating
 
 IntArray = npt.NDArray[np.integer[Any]]
 
-_CHUNK_BYTES = 2**26  # fp32 logits made at once: 64 MiB, 333 rows of GPT-2's vocabulary
 _PASS_TOKENS = {"cuda": 4096, "cpu": 2048}  # padded tokens in one forward pass
 _LOOK_AHEAD = 64  # forward passes whose windows are sorted by length together
 _NOT_REPORTED = ("documents", "bytes", "words")  # properties of the data
@@ -327,11 +326,11 @@ class _Network:
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(flat).to(self.device)
 
     def _nll_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-        """Sum of -ln p(target) = logsumexp(z) - z[target] over logits z in fp32, summed in fp64."""
-        rows = max(1, _CHUNK_BYTES // (4 * self.vocabulary))
+        """Sum of -ln p(target) of logits in fp32, summed in fp64."""
+        rows = chunk_rows(self.vocabulary, len(targets))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for h, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            logits = self.head(h).float()  # (rows, v)
-            nll = logits.logsumexp(-1) - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-            total += nll.double().sum()
+            log_p = log_softmax(self.head(h))  # (rows, v)
+            total -= log_p.gather(-1, target.unsqueeze(-1)).double().sum()
+            del log_p  # before those of the next chunk are made
         return total.item()

@@ -341,7 +341,7 @@ class LargestLogits(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_exist_in_chunks_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity, "_CHUNK_BYTES", 4 * VOCABULARY * 40)
+    monkeypatch.setattr(perplexity, "chunk_rows", lambda vocabulary, rows: 40)
     model = MODELS[name]()  # 32 wide: its output layer, transposed, is smaller than a chunk
     with LargestLogits() as largest:
         score(model, [document(3000)], context_length=32, stride=16, batch_size=8)
