@@ -23,6 +23,7 @@ from lowvram.checkpointing import recompute
 from lowvram.data import Blocks, Source, TokenStore, pack, split_documents, tokenize
 from lowvram.dropout import speed_up_dropout
 from lowvram.errors import DataError, DeviceError, ModelError, RecipeError
+from lowvram.frozen_block import make_blocks_lean
 from lowvram.heap import keep_freed_memory
 from lowvram.loss import head_is_plain
 from lowvram.memory.measure import SIMULATED, compute_capability, has_fast_16_bit, limit_memory
@@ -78,7 +79,10 @@ def choose_numerics(
     device = device or choose_device()
     if capability is None and device.type == "cuda":
         capability = compute_capability(device)
-    precision, notes = _precision(recipe.train.precision, capability)
+    wanted = recipe.train.precision
+    if capability is None and wanted == "auto" and _trains_bf16(recipe):
+        wanted = "bf16"  # there is no fp32 arithmetic on such weights
+    precision, notes = _precision(wanted, capability)
     if precision == "fp16" and recipe.train.fused_backward:
         raise DeviceError(
             "train.precision: auto is fp16 on this card, whose loss scale needs all gradients "
@@ -103,6 +107,10 @@ def choose_numerics(
         notes += (f"model.dtype {dtype}: this CPU has no {dtype} arithmetic; the base is fp32",)
         dtype = "fp32"
     return Numerics(device=device, precision=precision, base_dtype=dtype, notes=notes)
+
+
+def _trains_bf16(recipe: Recipe) -> bool:
+    return recipe.method.name == "full" and recipe.model.dtype == "bf16"
 
 
 def _check_formats(dtype: str, precision: str) -> None:
@@ -191,6 +199,8 @@ def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
         model = load_model(name, revision=revision, **options)
     if recipe.model.fused_gelu:
         fuse_gelu(model)
+        if numerics.device.type == "cpu":
+            make_blocks_lean(model)
     if recipe.model.lean_norms:
         make_norms_lean(model)
     if numerics.base_dtype == "int8":

@@ -6,6 +6,7 @@ Shapes: b sequences, s tokens each, d hidden size, v vocabulary, n targets in th
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -138,10 +139,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = chunk_rows(weight.shape[0], hidden.shape[0])
+        buffer = None
+        if hidden.device.type == "cpu":
+            buffer = _buffer(min(rows, hidden.shape[0]), weight.shape[0], hidden.dtype)
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]  # (r, d)
             target = targets[start : start + rows, None]  # (r, 1)
-            log_p = log_softmax(F.linear(part, weight, bias))  # (r, v) fp32
+            out = None if buffer is None else buffer[: part.shape[0]]
+            if bias is None:
+                logits = torch.mm(part, weight.T, out=out)  # (r, v)
+            else:
+                logits = torch.addmm(bias, part, weight.T, out=out)
+            log_p = log_softmax(logits)  # (r, v) fp32
+            del logits
             log_p_target = log_p.gather(1, target)  # (r, 1)
             total -= log_p_target.sum()
             if not (wants_hidden or wants_weight or wants_bias):
@@ -169,6 +179,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss can be differentiated once only")
         scaled = [None if grad is None else grad.mul_(grad_output) for grad in gradients]
         return (*scaled, None)
+
+
+@functools.lru_cache(maxsize=1)
+def _buffer(rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+    """Logits of a chunk (r, v) on the CPU, kept from step to step: it is the largest tensor there
+    is, and what a step leaves free is in pieces.
+    """
+    return torch.empty(rows, vocabulary, dtype=dtype)
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,142 @@
+"""GPT-2's block on a CPU where its MLP is frozen, with as few tensors as it can do with.
+
+Sums are added to what is there. Between the products of the MLP only the input of the GELU is kept;
+its output, and the gradients of both, are made for a few rows at a time, which stay in a core's
+cache. What is kept is made before what is given up: glibc cannot use the place of a large tensor
+again for one of the same size, so each that is freed between two that stay is a hole.
+
+Shapes: n tokens, d hidden size, m inner size (4 d).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.pytorch_utils import Conv1D
+
+from lowvram.dropout import keep_mask, keep_probability
+
+_ROWS = 512
+
+
+class FrozenBlock(GPT2Block):
+    """transformers' block; with an adapter in the MLP or without gradients it goes its own way."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Any,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None or not self._is_plain(hidden_states):
+            output: torch.Tensor = super().forward(
+                hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs
+            )
+            return output
+        attended, _ = self.attn(
+            self.ln_1(hidden_states),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        middle = _AddInto.apply(attended, hidden_states)  # type: ignore[no-untyped-call]
+        mlp, norm = self.mlp, self.ln_2
+        output = _AddMLP.apply(  # type: ignore[no-untyped-call]
+            middle,
+            (norm.weight, norm.bias, norm.eps),
+            (mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias),
+            mlp.dropout.p,
+        )
+        return output
+
+    def _is_plain(self, hidden_states: torch.Tensor) -> bool:
+        layers = (self.mlp.c_fc, self.mlp.c_proj)
+        if not (self.training and torch.is_grad_enabled() and hidden_states.requires_grad):
+            return False
+        frozen = not any(
+            parameter.requires_grad
+            for module in (self.ln_2, *layers)
+            for parameter in module.parameters()
+        )
+        return (
+            frozen
+            and all(type(layer) is Conv1D for layer in layers)
+            and hidden_states.dtype == layers[0].weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and keep_probability(self.mlp.dropout.p) > 0.0
+        )
+
+
+class _AddInto(torch.autograd.Function):
+    """one + other, in the memory of `one`, which nothing may have kept."""
+
+    @staticmethod
+    def forward(ctx: Any, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return one.add_(other)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, gradient
+
+
+class _AddMLP(torch.autograd.Function):
+    """x + dropout(MLP(layer norm(x)))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,  # (..., d)
+        norm: tuple[torch.Tensor, torch.Tensor, float],  # (d,), (d,), epsilon
+        mlp: tuple[torch.Tensor, ...],  # (d, m), (m,), (m, d), (d,)
+        dropout: float,
+    ) -> torch.Tensor:
+        weight_in, bias_in, weight_out, bias_out = mlp
+        rows = x.reshape(-1, x.shape[-1])  # (n, d)
+        inner = rows.new_empty(rows.shape[0], weight_in.shape[1])  # (n, m)
+        output = torch.empty_like(rows)
+        normed, mean, deviation = torch.native_layer_norm(rows, rows.shape[1:], *norm)
+        torch.addmm(bias_in, normed, weight_in, out=inner)
+        del normed
+        for part, result in zip(inner.split(_ROWS), output.split(_ROWS), strict=True):
+            torch.addmm(bias_out, F.gelu(part, approximate="tanh"), weight_out, out=result)
+        mask, keep = None, keep_probability(dropout)
+        if keep < 1.0:
+            mask = keep_mask(output.shape, dropout)
+            output.mul_(mask).mul_(1.0 / keep)
+        ctx.save_for_backward(rows, mean, deviation, inner, mask, *norm[:2], weight_in, weight_out)
+        ctx.keep = keep
+        return output.add_(rows).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, mean, deviation, inner, mask, scale, shift, weight_in, weight_out = ctx.saved_tensors
+        grad_rows = gradient.reshape(rows.shape)
+        grad_output = grad_rows if mask is None else grad_rows.mul(mask).mul_(1.0 / ctx.keep)
+        grad_x = torch.empty_like(rows)
+        gelu_backward = torch.ops.aten.gelu_backward
+        parts = zip(*(x.split(_ROWS) for x in (inner, grad_output, grad_x)), strict=True)
+        for part, grad, result in parts:
+            grad_inner = gelu_backward(grad @ weight_out.T, part, approximate="tanh")
+            torch.mm(grad_inner, weight_in.T, out=result)
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_x, rows, rows.shape[1:], mean, deviation, scale, shift, [True, False, False]
+        )
+        return grad_x.add_(grad_rows).view(gradient.shape), None, None, None
+
+
+def make_blocks_lean(model: nn.Module) -> int:
+    """Replace the blocks of a GPT-2 on the CPU whose GELU is fused; how many."""
+    replaced = 0
+    for module in model.modules():
+        if type(module) is GPT2Block and type(module.mlp.act) is nn.GELU:
+            module.__class__ = FrozenBlock
+            replaced += 1
+    return replaced
