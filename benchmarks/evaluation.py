@@ -87,9 +87,7 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, help="instead of the language reference of CPython")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="a directory with one, such as GPT-2's"
-    )
+    parser.add_argument("--tokenizer", type=Path, help="a directory with one, such as GPT-2's")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()

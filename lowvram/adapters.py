@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,21 +192,73 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     return loaded
 
 
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """W + (alpha / rank) (B A)^T into the base, in the base's dtype: give it an fp32 base.
+def merged_tensors(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the base of these names, with the update W + (alpha / rank) (B A)^T in them.
 
-    The result is the plain model class with no trace of peft. Non-finite weights are an error,
-    and so are changed embeddings and output heads.
+    In the base's dtype: give it an fp32 base. Each layer is merged when its turn comes, and as it
+    was when the next one's comes, so names of one layer should follow each other. Raises ModelError
+    for updates that are not finite, and for an adapter that changes embeddings or the output head.
     """
     _check_mergeable(model)
+    for path, group in itertools.groupby(names, lambda name: name.rpartition(".")[0]):
+        with _merged(_module_at(plain_model(model), path)) as layer:
+            for name in group:
+                yield name, getattr(layer, name.rpartition(".")[2])
+
+
+@contextmanager
+def merging_in_turn(model: PeftModel) -> Iterator[None]:
+    """The merged model, for as long as the context lasts: each layer is merged while it is used.
+
+    So there is never a second set of weights.
+    """
+    _check_mergeable(model)
+    in_use = ExitStack()
+
+    def begin(layer: nn.Module, inputs: Any) -> None:
+        in_use.enter_context(_merged(layer))
+
+    def end(layer: nn.Module, inputs: Any, output: Any) -> None:
+        in_use.close()
+
+    with in_use, ExitStack() as hooks:
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                hooks.callback(layer.register_forward_pre_hook(begin).remove)
+                hooks.callback(layer.register_forward_hook(end).remove)
+        yield
+
+
+@contextmanager
+def _merged(layer: nn.Module) -> Iterator[nn.Module]:
+    """A layer without its adapter, whose weights have the update in them inside the context."""
+    if not isinstance(layer, BaseTunerLayer):
+        yield layer
+        return
+    base = layer.get_base_layer()
+    own = {name: parameter.data for name, parameter in base.named_parameters(recurse=False)}
+    for name, data in own.items():
+        getattr(base, name).data = data.clone()  # an update may be made in place
     try:
-        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise ModelError(f"merge: {error}") from error
-    if hasattr(merged, "peft_config"):
-        del merged.peft_config
-    merged._hf_peft_config_loaded = False
-    return merged
+        layer.merge()
+        for name in own:
+            if not torch.stack(getattr(base, name).aminmax()).isfinite().all():
+                raise ModelError(f"merge: a {name} is not finite once the adapter is in it")
+        yield base
+    finally:
+        for name, data in own.items():
+            getattr(base, name).data = data
+        layer.merged_adapters.clear()
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module:
+    """A module by its name in the plain model; where an adapter has a copy of its own, the copy."""
+    module = root
+    for part in path.split("."):
+        module = getattr(module, part)
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+            module = module.modules_to_save[module.active_adapter]
+    return module
 
 
 def _check_mergeable(model: PeftModel) -> None:
@@ -221,6 +274,10 @@ def _check_mergeable(model: PeftModel) -> None:
             "merge: the adapter changes an embedding or the output head. In a checkpoint that ties "
             "the two, that change would go to both or untie them, and give another model"
         )
+    try:
+        model.base_model._check_merge_allowed()
+    except ValueError as error:
+        raise ModelError(f"merge: {error}") from error
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:

@@ -79,13 +79,18 @@ def run(
     8 training stopped, 9 proof failed, 130 interrupted (state saved).
     """
     from lowvram.errors import DeviceError
+    from lowvram.inputs import check_card, check_inputs, check_start
     from lowvram.recipe import dump_recipe, load_recipe, parse_set
 
     loaded = load_recipe(recipe, dict(parse_set(setting) for setting in settings))
     if gpu is not None and not dry_run:
         raise DeviceError("--gpu: a run takes the card that is here; add --dry-run to plan for one")
     if dry_run:
+        check_card(gpu, None)
+        check_inputs(loaded)
         click.echo(dump_recipe(loaded), nl=False)
+    else:
+        check_start(loaded, resume=resume, overwrite=overwrite)
     from lowvram.display import Display
     from lowvram.plan import plan
     from lowvram.run import announce
@@ -135,9 +140,14 @@ def probe(  # noqa: PLR0913 - one parameter an option
     Real training steps are simulated, so no card and no weights are needed. On the card itself the
     recommended shape is then tried, in a process of its own.
     """
+    from lowvram.inputs import check_card, check_model, check_picture
     from lowvram.recipe import load_recipe, parse_set
 
     loaded = load_recipe(recipe, dict(parse_set(setting) for setting in settings))
+    check_card(gpu, vram)
+    check_model(loaded.model.name)
+    if plot is not None:
+        check_picture(plot)
     one_shape = seq_len is not None or micro_batch_size is not None
     if one_shape and save_recipe is not None:
         raise RecipeError("--save-recipe: saves what the whole probe recommends; leave out a shape")
@@ -254,11 +264,16 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     document of N tokens, N - 1 are scored.
     """
     from lowvram.data import Source
+    from lowvram.inputs import check_data, check_model
+
+    source = Source(names=files, format=format_, text_column=text_column, encoding=encoding)
+    check_model(model)
+    check_data(files, encoding)
     from lowvram.inference import evaluate_files
 
     result = evaluate_files(
         model,
-        Source(names=files, format=format_, text_column=text_column, encoding=encoding),
+        source,
         stride=stride,
         context=context,
         base=base,
@@ -310,6 +325,9 @@ def generate(
         raise RecipeError(f"--file {file}: cannot be read as UTF-8 text: {error}") from error
     if interactive == bool(texts):
         raise RecipeError("generate: give --prompt (or --file), or --interactive, and not both")
+    from lowvram.inputs import check_model
+
+    check_model(model)
     from lowvram.inference import Writer
 
     if temperature is None:

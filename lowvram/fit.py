@@ -7,14 +7,19 @@ limit, and gets as many tokens at a time as keep it busy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from lowvram.checkpointing import Checkpointing, block_count, check_blocks, in_words
 from lowvram.errors import DoesNotFit, RecipeError
+from lowvram.frontier import most
 from lowvram.levers import levers
 from lowvram.measurement import Measure, Measurement, accepted, smaller
 from lowvram.memory.measure import format_gib
+from lowvram.model import known_config
 from lowvram.prediction import Predict, Prediction
+from lowvram.prices import time_of
 from lowvram.recipe import Recipe, with_overrides
 from lowvram.rehearsal import BatchShape
 
@@ -22,7 +27,7 @@ LONGEST_AUTO = 1024
 """Tokens; longer rows have to be asked for."""
 _CPU_TOKENS = 2048
 # With fewer tokens in a forward pass a card waits for its next kernel rather than for memory, and
-# recomputing activations to get a larger pass is worth its third of the time.
+# recomputing activations to get a larger pass is worth its third of the time. More bring nothing.
 _USEFUL_TOKENS = 4096
 _MOST_TRIES = 3
 
@@ -33,9 +38,11 @@ class Fit:
 
     micro_batch_size: int
     max_seq_len: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     gradient_accumulation_steps: int
     reason: str
+    blocks: int
+    """That the model has."""
     predicted_reserved_bytes: int | None = None
     """None on a CPU."""
     predicted_allocated_bytes: int | None = None
@@ -59,21 +66,22 @@ def fit(
     room for.
     """
     seq_len = choose_seq_len(recipe.fit.max_seq_len, context_length, longest_document)
+    blocks = block_count(known_config(recipe.model.name, recipe.model.revision))
+    check_blocks(recipe.fit.gradient_checkpointing, blocks)
     if predict is None:
-        return _for_cpu(recipe, seq_len)
-    options = list(_options(recipe, seq_len))
+        return _for_cpu(recipe, seq_len, blocks)
     refused: dict[BatchShape, str] = {}
-    for shape, room in [(shape, room) for room in _rooms(recipe) for shape in options]:
-        prediction = predict(recipe, shape)
-        if not prediction.fits or prediction.headroom_bytes < room or shape in refused:
+    for shape in _fitting(recipe, seq_len, blocks, predict):
+        if shape in refused:
             continue
+        prediction = predict(recipe, shape)
         if measure is None:
-            return _chosen(recipe, prediction, None)
+            return _chosen(recipe, prediction, None, blocks)
         measurement = measure(recipe, shape)
         reason = accepted(measurement, prediction.budget_bytes, smaller(recipe, shape, measure))
         if reason is None:
-            return _chosen(recipe, prediction, measurement)
-        refused[shape] = f"{_words(shape)}: {reason}"
+            return _chosen(recipe, prediction, measurement, blocks)
+        refused[shape] = f"{_words(shape, blocks)}: {reason}"
         if len(refused) == _MOST_TRIES:
             break
     if refused:
@@ -81,7 +89,7 @@ def fit(
             f"the card refuses what should fit: {'; '.join(refused.values())}. Other programs may "
             "have taken its memory meanwhile: see nvidia-smi, or set fit.vram to less than it has"
         )
-    raise DoesNotFit(_refusal(recipe, predict, predict(recipe, options[-1])))
+    raise DoesNotFit(_refusal(recipe, predict, predict(recipe, _least(recipe, seq_len)), blocks))
 
 
 def with_shape(recipe: Recipe, chosen: Fit) -> Recipe:
@@ -117,30 +125,94 @@ def _rooms(recipe: Recipe) -> tuple[int, ...]:
     return (recipe.fit.headroom_bytes, 0)
 
 
-def _options(recipe: Recipe, seq_len: int) -> Iterator[BatchShape]:
+Fits = Callable[[BatchShape], Prediction]
+"""A prediction whose `fits` and `headroom_bytes` allow for what is to be left free."""
+
+
+def _fitting(recipe: Recipe, seq_len: int, blocks: int, predict: Predict) -> Iterator[BatchShape]:
+    """Shapes that are predicted to fit, the best first."""
+    for room in _rooms(recipe):
+
+        def at(shape: BatchShape, room: int = room) -> Prediction:
+            found = predict(recipe, shape)
+            fits = found.fits and found.headroom_bytes >= room
+            return replace(found, fits=fits, budget_bytes=found.budget_bytes - room)
+
+        for shape in _options(recipe, seq_len, blocks, at):
+            if at(shape).fits:
+                yield shape
+
+
+def _options(recipe: Recipe, seq_len: int, blocks: int, at: Fits) -> Iterator[BatchShape]:
     """Shapes that the recipe allows, the best first.
 
-    As many rows as divide the global batch, the more the better. Without checkpointing as long as
-    a forward pass is of a useful size, then with it, then where it allows more rows. What takes
-    least is the last.
+    As many rows as divide the global batch, the more the better, as long as a forward pass is of
+    a useful size and nothing has to be recomputed. Else the fewest rows of a useful size, with
+    what takes least time of what fits. Else fewer rows, with as little recomputation.
     """
-    size, wanted = recipe.train.global_batch_size, recipe.fit
-    rows = [n for n in range(size, 0, -1) if size % n == 0]
-    if wanted.micro_batch_size != "auto":
-        rows = [wanted.micro_batch_size]
-    elif recipe.train.fused_backward:
-        rows = [size]
-    useful = min(rows[0], -(-_USEFUL_TOKENS // seq_len))
-    if wanted.gradient_checkpointing == "auto":
-        order = [(n, checkpointing) for checkpointing in (False, True) for n in rows if n >= useful]
-        order += [(n, checkpointing) for n in rows if n < useful for checkpointing in (False, True)]
-    else:
-        order = [(n, wanted.gradient_checkpointing) for n in rows]
-    for n, checkpointing in order:
-        yield BatchShape(micro_batch_size=n, seq_len=seq_len, gradient_checkpointing=checkpointing)
+    rows, wanted = _rows(recipe), recipe.fit.gradient_checkpointing
+    shapes = [
+        BatchShape(micro_batch_size=n, seq_len=seq_len, gradient_checkpointing=False) for n in rows
+    ]
+    if wanted != "auto":
+        yield from (replace(shape, gradient_checkpointing=wanted) for shape in shapes)
+        return
+    useful = [shape for shape in shapes if shape.micro_batch_size * seq_len >= _USEFUL_TOKENS]
+    least_useful = max(1, len(useful)) - 1
+    yield from shapes[:least_useful]
+    for shape in shapes[least_useful:]:
+        yield shape
+        yield from _recomputing(shape, blocks, at)
 
 
-def _chosen(recipe: Recipe, prediction: Prediction, measurement: Measurement | None) -> Fit:
+def _recomputing(shape: BatchShape, blocks: int, at: Fits) -> Iterator[BatchShape]:
+    """The same rows, with some recomputation, by what it costs.
+
+    Two simulations where not even recomputing all helps, else four to seven for most models.
+    """
+    every = replace(shape, gradient_checkpointing=True)
+    if at(every).fits and not at(shape).fits:
+
+        def keeping(kept: int) -> BatchShape:
+            again: Checkpointing = {0: True, blocks: False}.get(kept, blocks - kept)
+            return replace(shape, gradient_checkpointing=again)
+
+        kept, _ = most(lambda kept: at(keeping(kept)), 0, blocks, near=blocks)
+        some, selective = keeping(kept), replace(shape, gradient_checkpointing="selective")
+        if _time(selective, blocks) < _time(some, blocks) and at(selective).fits:
+            yield selective
+        yield some
+    yield every
+    yield replace(shape, gradient_checkpointing="offload")
+
+
+def _time(shape: BatchShape, blocks: int) -> float:
+    return time_of(shape.gradient_checkpointing, blocks)
+
+
+def _rows(recipe: Recipe) -> list[int]:
+    """Of a micro-batch, the most first."""
+    size, wanted = recipe.train.global_batch_size, recipe.fit.micro_batch_size
+    if wanted != "auto":
+        return [wanted]
+    if recipe.train.fused_backward:
+        return [size]
+    return [n for n in range(size, 0, -1) if size % n == 0]
+
+
+def _least(recipe: Recipe, seq_len: int) -> BatchShape:
+    """What takes the least memory of all that the recipe allows."""
+    wanted = recipe.fit.gradient_checkpointing
+    return BatchShape(
+        micro_batch_size=_rows(recipe)[-1],
+        seq_len=seq_len,
+        gradient_checkpointing="offload" if wanted == "auto" else wanted,
+    )
+
+
+def _chosen(
+    recipe: Recipe, prediction: Prediction, measurement: Measurement | None, blocks: int
+) -> Fit:
     shape = prediction.shape
     reason = (
         f"predicted peak {format_gib(prediction.reserved_bytes)} of "
@@ -154,6 +226,7 @@ def _chosen(recipe: Recipe, prediction: Prediction, measurement: Measurement | N
         gradient_checkpointing=shape.gradient_checkpointing,
         gradient_accumulation_steps=recipe.train.global_batch_size // shape.micro_batch_size,
         reason=reason,
+        blocks=blocks,
         predicted_reserved_bytes=prediction.reserved_bytes,
         predicted_allocated_bytes=prediction.allocated_bytes,
         budget_bytes=prediction.budget_bytes,
@@ -161,7 +234,7 @@ def _chosen(recipe: Recipe, prediction: Prediction, measurement: Measurement | N
     )
 
 
-def _for_cpu(recipe: Recipe, seq_len: int) -> Fit:
+def _for_cpu(recipe: Recipe, seq_len: int, blocks: int) -> Fit:
     wanted, size = recipe.fit, recipe.train.global_batch_size
     if wanted.micro_batch_size != "auto":
         micro, reason = wanted.micro_batch_size, "as the recipe says"
@@ -174,22 +247,28 @@ def _for_cpu(recipe: Recipe, seq_len: int) -> Fit:
     return Fit(
         micro_batch_size=micro,
         max_seq_len=seq_len,
-        gradient_checkpointing=wanted.gradient_checkpointing is True,
+        gradient_checkpointing=said(wanted.gradient_checkpointing),
         gradient_accumulation_steps=size // micro,
         reason=reason,
+        blocks=blocks,
     )
 
 
-def _refusal(recipe: Recipe, predict: Predict, least: Prediction) -> str:
+def said(wanted: Checkpointing | Literal["auto"]) -> Checkpointing:
+    """What a recipe says, where nobody chooses."""
+    return False if wanted == "auto" else wanted
+
+
+def _refusal(recipe: Recipe, predict: Predict, least: Prediction, blocks: int) -> str:
     """What is missing, and what would give it."""
     text = (
-        f"{_words(least.shape)} take {format_gib(least.reserved_bytes)}, and the card has "
+        f"{_words(least.shape, blocks)} take {format_gib(least.reserved_bytes)}, and the card has "
         f"{format_gib(least.budget_bytes)} for them (predicted). "
     )
     found = levers(recipe, predict, least)
     enough = [lever for lever in found if lever.prediction.fits]
     shown = ", ".join(
-        f"{lever.change} ({format_gib(lever.prediction.reserved_bytes)})"
+        f"{lever.change} ({format_gib(lever.prediction.reserved_bytes)}, {lever.price})"
         for lever in (enough or found)[:4]
     )
     if enough:
@@ -200,6 +279,6 @@ def _refusal(recipe: Recipe, predict: Predict, least: Prediction) -> str:
     return f"{text}{tried}. Else: a smaller model, or a larger card"
 
 
-def _words(shape: BatchShape) -> str:
-    on = "with" if shape.gradient_checkpointing else "without"
-    return f"{shape.micro_batch_size} x {shape.seq_len} tokens {on} gradient checkpointing"
+def _words(shape: BatchShape, blocks: int) -> str:
+    recomputed = in_words(shape.gradient_checkpointing, blocks)
+    return f"{shape.micro_batch_size} x {shape.seq_len} tokens with {recomputed}"

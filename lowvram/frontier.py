@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lowvram.checkpointing import Checkpointing
 from lowvram.prediction import Predict, Prediction
 from lowvram.recipe import Recipe
 from lowvram.rehearsal import BatchShape
@@ -54,7 +55,7 @@ def largest(
     recipe: Recipe,
     predict: Predict,
     seq_len: int,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Checkpointing,
     *,
     near: int = 0,
 ) -> Prediction:
@@ -73,38 +74,44 @@ def largest(
             ),
         )
 
-    first = best = at(1)
-    worst: Prediction | None = None
-    if not first.fits:
-        return first
-    rows, tries = max(4, near), 0
-    while (worst is None or _rows(worst) > _rows(best) + 1) and _rows(best) < MOST_ROWS:
-        tried = at(rows)
-        if tried.fits:
+    first = at(1)
+    return most(at, 1, MOST_ROWS, near=max(4, near))[1] if first.fits else first
+
+
+Tried = tuple[int, Prediction]
+
+
+def most(at: Callable[[int], Prediction], least: int, limit: int, *, near: int) -> Tried:
+    """The largest number up to `limit` for which `at` fits, as it does for `least`.
+
+    Memory is taken to grow with the number. `near` is where to look first.
+    """
+    first = best = (least, at(least))
+    worst: Tried | None = None
+    number, tries = near, 0
+    while (worst is None or worst[0] > best[0] + 1) and best[0] < limit:
+        tried = number, at(number)
+        if tried[1].fits:
             best = tried
         else:
             worst = tried
         tries += 1
-        rows = _next(first, best, worst, by_line=tries < _BY_LINE)
+        number = min(_next(first, best, worst, by_line=tries < _BY_LINE), limit)
     return best
 
 
-def _rows(prediction: Prediction) -> int:
-    return prediction.shape.micro_batch_size
-
-
-def _next(first: Prediction, best: Prediction, worst: Prediction | None, *, by_line: bool) -> int:
+def _next(first: Tried, best: Tried, worst: Tried | None, *, by_line: bool) -> int:
     """Where a straight line meets the budget, or half of what is still open.
 
     The line is that through what is known on both sides of the budget, or below it.
     """
     low, high = (first, best) if worst is None else (best, worst)
-    slope = (high.reserved_bytes - low.reserved_bytes) / (_rows(high) - _rows(low))
+    slope = (high[1].reserved_bytes - low[1].reserved_bytes) / (high[0] - low[0])
     if by_line and slope > 0:
-        guess = _rows(low) + int(low.headroom_bytes / slope)
+        guess = low[0] + int(low[1].headroom_bytes / slope)
     elif worst is None:
-        guess = 4 * _rows(best)
+        guess = 4 * best[0]
     else:
-        guess = (_rows(best) + _rows(worst)) // 2
-    upper = MOST_ROWS if worst is None else _rows(worst) - 1
-    return min(max(guess, _rows(best) + 1), upper)
+        guess = (best[0] + worst[0]) // 2
+    guess = max(guess, best[0] + 1)
+    return guess if worst is None else min(guess, worst[0] - 1)

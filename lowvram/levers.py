@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lowvram.checkpointing import Checkpointing, block_count
 from lowvram.errors import LowVRAMError
+from lowvram.model import known_config
 from lowvram.prediction import Predict, Prediction
+from lowvram.prices import PRICES, Price, of_recomputation
 from lowvram.recipe import Recipe, with_overrides
 from lowvram.rehearsal import BatchShape
 
@@ -19,15 +22,15 @@ class Lever:
 
     change: str
     """As on the command line: "train.chunked_loss=true"."""
-    price: str
-    """What it costs."""
+    price: Price
     saved_bytes: int
     prediction: Prediction
 
     def to_json(self) -> dict[str, Any]:
         return {
             "change": self.change,
-            "price": self.price,
+            "price": str(self.price),
+            "time": self.price.time,
             "saved_bytes": self.saved_bytes,
             "predicted_reserved_bytes": self.prediction.reserved_bytes,
             "fits": self.prediction.fits,
@@ -35,9 +38,10 @@ class Lever:
 
 
 def levers(recipe: Recipe, predict: Predict, now: Prediction) -> list[Lever]:
-    """Those that save something, the most first."""
+    """Those that save something, the most first; some fifteen simulations at most."""
+    blocks = block_count(known_config(recipe.model.name, recipe.model.revision))
     found = []
-    for changes, shape, price in _changes(recipe, now.shape):
+    for changes, shape in _changes(recipe, now.shape, blocks):
         try:
             # The shape goes beside the recipe, whose global batch it need not divide.
             others = {key: value for key, value in changes.items() if not key.startswith("fit.")}
@@ -47,66 +51,88 @@ def levers(recipe: Recipe, predict: Predict, now: Prediction) -> list[Lever]:
             continue  # not for this recipe: a card without bf16, a layer without int8
         saved = now.reserved_bytes - prediction.reserved_bytes
         if saved > 0:
-            text = ", ".join(f"{key}={_yaml(value)}" for key, value in changes.items())
-            found.append(Lever(change=text, price=price, saved_bytes=saved, prediction=prediction))
+            texts = [f"{key}={_yaml(value)}" for key, value in changes.items()]
+            found.append(
+                Lever(
+                    change=", ".join(texts),
+                    price=_price(texts[0], shape, blocks),
+                    saved_bytes=saved,
+                    prediction=prediction,
+                )
+            )
     return sorted(found, key=lambda lever: -lever.saved_bytes)
 
 
+def _price(change: str, shape: BatchShape, blocks: int) -> Price:
+    key, _, _ = change.partition("=")
+    if key == _RECOMPUTED:
+        return of_recomputation(shape.gradient_checkpointing, blocks)
+    return PRICES[change] if change in PRICES else PRICES[key]
+
+
+_RECOMPUTED = "fit.gradient_checkpointing"
+_YAML = {True: "true", None: "null"}
+
+
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return _YAML[value] if value is True or value is None else str(value)
 
 
-Change = tuple[dict[str, Any], BatchShape, str]
+Change = tuple[dict[str, Any], BatchShape]
 
 
-def _changes(recipe: Recipe, shape: BatchShape) -> Iterator[Change]:
+def _changes(recipe: Recipe, shape: BatchShape, blocks: int) -> Iterator[Change]:
+    for kind in _less(shape.gradient_checkpointing, blocks):
+        yield {_RECOMPUTED: kind}, dataclasses.replace(shape, gradient_checkpointing=kind)
     yield from _of_shape(shape, recipe.train.global_batch_size)
-    if not recipe.train.chunked_loss:
-        yield {"train.chunked_loss": True}, shape, "nothing: the same loss, without all logits"
-    if not recipe.model.fused_gelu:
-        yield {"model.fused_gelu": True}, shape, "nothing: the same function in one kernel"
-    if recipe.model.attention != "sdpa":
-        yield {"model.attention": "sdpa"}, shape, "nothing: the same function in one kernel"
-    if recipe.train.precision == "fp32":
-        price = "fewer digits in matrix products; much faster"
-        yield {"train.precision": "bf16"}, shape, price
-        yield {"train.precision": "fp16"}, shape, price + ", with a loss scale"
-    if recipe.method.name == "full":
-        yield {"method.name": "lora"}, shape, "trains a small part of the weights"
-    else:
-        for dtype, price in (
-            ("bf16", "fewer digits in the frozen weights"),
-            ("int8", "rounds the frozen weights; slower"),
-            ("nf4", "rounds the frozen weights to 4 bits; slower"),
-        ):
-            if recipe.model.dtype != dtype:
-                yield {"model.dtype": dtype}, shape, price
-    if recipe.train.optimizer == "adamw":
-        yield {"train.optimizer": "adamw8bit"}, shape, "rounds the optimizer's states"
-    if recipe.train.optimizer in ("adamw", "adamw8bit"):
-        yield {"train.optimizer": "paged_adamw8bit"}, shape, "states may wait in host memory"
+    for changes in _of_recipe(recipe):
+        yield changes, shape
+    if recipe.method.name == "full" and shape.micro_batch_size >= recipe.train.global_batch_size:
+        yield {"train.fused_backward": True, "train.max_grad_norm": None}, shape
+
+
+def _less(kind: Checkpointing, blocks: int) -> Iterator[Checkpointing]:
+    """Ways to recompute that keep less than this one."""
+    if kind is False:
+        if blocks > 1:
+            yield blocks // 2
+        yield "selective"
+    if kind is not True and kind != "offload":
+        yield True
+    if kind != "offload":
+        yield "offload"
 
 
 def _of_shape(shape: BatchShape, global_batch_size: int) -> Iterator[Change]:
-    if not shape.gradient_checkpointing:
-        smaller = dataclasses.replace(shape, gradient_checkpointing=True)
-        yield (
-            {"fit.gradient_checkpointing": True},
-            smaller,
-            "a second forward pass: about a third more time",
-        )
     if shape.micro_batch_size > 1:
         half = shape.micro_batch_size // 2
         rows = next(rows for rows in range(half, 0, -1) if global_batch_size % rows == 0)
-        yield (
-            {"fit.micro_batch_size": rows},
-            dataclasses.replace(shape, micro_batch_size=rows),
-            "more forward passes a step; the same training",
-        )
+        yield {"fit.micro_batch_size": rows}, dataclasses.replace(shape, micro_batch_size=rows)
     if shape.seq_len > 64:
         length = shape.seq_len // 2
-        yield (
-            {"fit.max_seq_len": length},
-            dataclasses.replace(shape, seq_len=length),
-            "longer documents become several rows",
-        )
+        yield {"fit.max_seq_len": length}, dataclasses.replace(shape, seq_len=length)
+
+
+def _of_recipe(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    for key, on in (
+        ("train.chunked_loss", recipe.train.chunked_loss),
+        ("model.fused_gelu", recipe.model.fused_gelu),
+    ):
+        if not on:
+            yield {key: True}
+    if recipe.model.attention == "eager":
+        yield {"model.attention": "sdpa"}
+    if recipe.train.precision == "fp32":
+        yield {"train.precision": "bf16"}
+        yield {"train.precision": "fp16"}
+    if recipe.method.name == "full":
+        yield {"method.name": "lora"}
+        if recipe.model.dtype != "bf16":
+            yield {"model.dtype": "bf16"}
+    else:
+        for dtype in ("bf16", "int8", "nf4"):
+            if recipe.model.dtype != dtype:
+                yield {"model.dtype": dtype}
+    smaller = {"adamw": ["adamw8bit", "paged_adamw8bit"], "adamw8bit": ["paged_adamw8bit"]}
+    for optimizer in smaller.get(recipe.train.optimizer, []):
+        yield {"train.optimizer": optimizer}

@@ -2,13 +2,18 @@
 
 The base is read anew in fp32, whatever it was while training: a delta added in 16 bits loses
 small updates, and one added to a quantised base would be rounded with it.
+
+Memory holds one set of weights at most. A file in fp32 is mapped, not loaded, and each layer is
+merged when its turn comes to be written; the base is given up before the result is read back.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +21,18 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowvram.adapters import is_adapter, load_adapter, merge_adapter, recorded_base
+from lowvram.adapters import (
+    is_adapter,
+    load_adapter,
+    merged_tensors,
+    merging_in_turn,
+    recorded_base,
+)
 from lowvram.errors import CheckpointError, ModelError, ProofError
 from lowvram.memory.measure import format_gib
 from lowvram.model import (
-    TORCH_DTYPES,
-    cast_weights,
     context_length,
+    layout_of,
     load_model,
     load_tokenizer,
     locate,
@@ -30,6 +40,7 @@ from lowvram.model import (
     weight_files,
     weights_sha256,
 )
+from lowvram.weights import Layout, size_bytes
 
 # fp32 logits of the two orders of computation, relative to the largest logit.
 TOLERANCE = 1e-4
@@ -45,7 +56,7 @@ class MergeProof:
     """How far the merged model's logits are from those of base and adapter, both in fp32."""
 
     max_logit_difference: float
-    """Of the merged weights, in memory and, where the file has fp32, as read back from it."""
+    """Of the merged weights in fp32: those of the file, or those that were rounded for it."""
     read_back_difference: float
     """Of the file as read back; in 16 bits its rounding is in it."""
     tolerance: float
@@ -78,10 +89,20 @@ def merge(
     limit = context_length(model.config)
     text = tokenizer(PROOF_TEXT, verbose=False)["input_ids"]
     rows = [row[:limit] for row in proof_tokens or [text]]
+    layout = layout_of(model, dtype)
     live = load_adapter(model, adapter)
-    expected = logits_of(live, rows)
-    merged = merge_adapter(live)
-    return write_proven(merged, tokenizer, output, expected=expected, rows=rows, dtype=dtype)
+    exam = _Exam(output=output, rows=rows, expected=logits_of(live, rows))
+    difference = 0.0
+    if dtype != "fp32":  # the file adds its rounding, so what merging adds is told apart
+        with merging_in_turn(live):
+            difference = exam.difference(live)
+        exam.check(difference, "merged logits differ from base and adapter")
+    with _new_directory(output, layout) as directory:
+        tensors = merged_tensors(live, layout)
+        save_plain(model, tokenizer, directory, layout=layout, tensors=tensors)
+        del model, live, tensors
+        gc.collect()  # the base and its adapter refer to each other
+        return _prove(exam, directory, layout, dtype, difference)
 
 
 def find_adapter(path: Path) -> Path:
@@ -137,39 +158,53 @@ def write_proven(
     rows: Sequence[Sequence[int]],
     dtype: str,
 ) -> MergeProof:
-    """Save a plain fp32 `model` in `dtype` at `output`, once its logits equal `expected`."""
-    scale = max(1.0, max(logits.abs().max().item() for logits in expected))
-    difference = _difference(expected, logits_of(model, rows))
-    if not difference <= TOLERANCE * scale:
-        raise ProofError(
-            f"{output}: not written, since merged logits differ from base and adapter by "
-            f"{difference:.3g}, allowed {TOLERANCE * scale:.3g}"
-        )
-    _check_space(model, output, dtype)
-    partial = output.parent / f".partial-{output.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        cast_weights(model, dtype)
-        save_plain(model, tokenizer, partial)
-        _check_file(model, partial)
-        read_back = load_model(str(partial), dtype="fp32")
-        final = _difference(expected, logits_of(read_back, rows))
-        if dtype == "fp32" and not final <= TOLERANCE * scale:
+    """Save a plain `model` in `dtype` at `output`, if what is read back gives logits `expected`."""
+    layout = layout_of(model, dtype)
+    exam = _Exam(output=output, rows=rows, expected=expected)
+    difference = exam.difference(model)
+    exam.check(difference, "logits of the weights differ from what was expected")
+    with _new_directory(output, layout) as directory:
+        save_plain(model, tokenizer, directory, layout=layout)
+        return _prove(exam, directory, layout, dtype, difference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Exam:
+    """Rows of tokens, and what a model has to answer: logits (s, v) of each."""
+
+    output: Path
+    rows: Sequence[Sequence[int]]
+    expected: list[torch.Tensor]
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE * max(1.0, max(logits.abs().max().item() for logits in self.expected))
+
+    def difference(self, model: torch.nn.Module) -> float:
+        return _difference(self.expected, logits_of(model, self.rows))
+
+    def check(self, difference: float, what: str) -> None:
+        if not difference <= self.tolerance:
             raise ProofError(
-                f"{output}: not written, since what was read back differs by {final:.3g}, "
-                f"allowed {TOLERANCE * scale:.3g}"
+                f"{self.output}: not written, since {what} by {difference:.3g}, "
+                f"allowed {self.tolerance:.3g}"
             )
-        os.replace(partial, output)
-    except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prove(
+    exam: _Exam, directory: Path, layout: Layout, dtype: str, difference: float
+) -> MergeProof:
+    """Of what is read back; `difference` is that of the weights before the file."""
+    _check_files(directory, layout)
+    final = exam.difference(load_model(str(directory), dtype="fp32"))
+    if dtype == "fp32":
+        difference = max(difference, final)
+        exam.check(final, "logits of what was read back differ from base and adapter")
     return MergeProof(
-        max_logit_difference=max(difference, final) if dtype == "fp32" else difference,
+        max_logit_difference=difference,
         read_back_difference=final,
-        tolerance=TOLERANCE * scale,
-        tokens=sum(len(row) for row in rows),
+        tolerance=exam.tolerance,
+        tokens=sum(len(row) for row in exam.rows),
         dtype=dtype,
     )
 
@@ -180,27 +215,36 @@ def _difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
 
 
-def _check_file(model: PreTrainedModel, directory: Path) -> None:
-    """The file holds the model's own tensors, bit for bit, and no other."""
-    expected = dict(model.state_dict())
+def _check_files(directory: Path, layout: Layout) -> None:
+    """By the reader that others use, the files hold the tensors of `layout` and no other."""
+    missing = dict(layout)
     for path in weight_files(str(directory)):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
-                tensor = expected.pop(key, None)
-                if tensor is None or not torch.equal(tensor, file.get_tensor(key)):
+                wanted = missing.pop(key, None)
+                found = file.get_tensor(key)  # mapped, not read
+                if wanted is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
                     raise ProofError(f"{path.name}: {key} is not a tensor of the merged model")
-    tied = set(model.all_tied_weights_keys)
-    missing = sorted(key for key in expected if key not in tied)
     if missing:
-        raise ProofError(f"{directory.name}: lacks {', '.join(missing[:3])}")
+        raise ProofError(f"{directory.name}: lacks {', '.join(sorted(missing)[:3])}")
 
 
-def _check_space(model: PreTrainedModel, output: Path, dtype: str) -> None:
-    size = TORCH_DTYPES[dtype].itemsize
-    needed = sum(parameter.numel() * size for parameter in model.parameters())
+@contextmanager
+def _new_directory(output: Path, layout: Layout) -> Iterator[Path]:
+    """A directory to be made, which takes its place as `output` in the end or leaves nothing."""
+    needed = size_bytes(layout)
     existing = next(path for path in output.absolute().parents if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
             f"{output}: needs {format_gib(needed)} of disk, {existing} has {format_gib(free)} free"
         )
+    partial = output.parent / f".partial-{output.name}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        os.replace(partial, output)
+    except OSError as error:
+        raise CheckpointError(f"{output}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

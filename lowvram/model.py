@@ -7,11 +7,12 @@ tensor is an error: transformers would leave it random and go on.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from lowvram.attention import use_own_attention
 from lowvram.errors import LowVRAMError, ModelError
 from lowvram.known_models import known_settings
+from lowvram.weights import INDEX_FILE, SINGLE_FILE, Layout, write_weights
 
 BaseDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 
@@ -43,8 +45,6 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 EMBEDDED_PREFIX = "embedded:"
 _ASSETS = Path(__file__).parent / "assets"
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -232,10 +232,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def cast_weights(model: nn.Module, dtype: str) -> None:
-    model.to(TORCH_DTYPES[dtype])
-
-
 def empty_model(name: str, revision: str | None = None) -> PreTrainedModel:
     """The model on the meta device: shapes, no weights."""
     config = known_config(name, revision)
@@ -323,11 +319,49 @@ def weights_sha256(name: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def save_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """A checkpoint that any tool loads: model, generation settings, tokenizer in both forms."""
-    model.config.use_cache = True
+def layout_of(model: PreTrainedModel, dtype: str | None = None) -> dict[str, torch.Tensor]:
+    """What a plain checkpoint of `model` holds, in `dtype` or as it is; of tied weights one.
+
+    Tensors on the meta device.
+    """
+    tied = set(model.all_tied_weights_keys)
+    return {
+        name: torch.empty(
+            tensor.shape,
+            dtype=TORCH_DTYPES[dtype] if dtype and tensor.is_floating_point() else tensor.dtype,
+            device="meta",
+        )
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def save_plain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    layout: Layout | None = None,
+    tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> None:
+    """A checkpoint that any tool loads: model, generation settings, tokenizer in both forms.
+
+    In place of the model's own, `tensors` are written, in the dtypes of `layout`.
+    """
+    layout = layout_of(model) if layout is None else layout
+    if tensors is None:
+        tensors = ((name, tensor) for name, tensor in model.state_dict().items() if name in layout)
+    kind = next(tensor.dtype for tensor in layout.values() if tensor.is_floating_point())
+    config = copy.deepcopy(model.config)
+    config.use_cache = True
+    config.architectures = [type(model).__name__]
+    config.dtype = str(kind).removeprefix("torch.")
+    directory.mkdir(parents=True)
     with _quiet_libraries():
-        model.save_pretrained(directory, max_shard_size="5GB")
+        config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+    write_weights(directory, layout, tensors)
     save_tokenizer(tokenizer, directory)
 
 

@@ -24,6 +24,7 @@ from lowvram.build import (
     count_parameters,
     warmup_steps,
 )
+from lowvram.checkpointing import in_words
 from lowvram.data import Batch, Blocks, steps_per_epoch, windows
 from lowvram.errors import DataError
 from lowvram.fit import Fit, fit, with_shape
@@ -159,8 +160,8 @@ class Plan:
             (
                 "step",
                 f"{recipe.train.global_batch_size} rows of up to {chosen.max_seq_len} tokens = "
-                f"{chosen.gradient_accumulation_steps} x {chosen.micro_batch_size}, checkpointing "
-                f"{'on' if chosen.gradient_checkpointing else 'off'} ({chosen.reason})",
+                f"{chosen.gradient_accumulation_steps} x {chosen.micro_batch_size}, "
+                f"{in_words(chosen.gradient_checkpointing, chosen.blocks)} ({chosen.reason})",
             ),
             ("steps", f"{self.total_steps:,} ({self.steps_per_epoch:,} an epoch{self._speed()})"),
         ]

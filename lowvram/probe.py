@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from lowvram.build import build_corpus, build_tokenizer
+from lowvram.checkpointing import block_count, check_blocks
 from lowvram.errors import DoesNotFit, LowVRAMError, RecipeError
-from lowvram.fit import Fit, choose_seq_len, fit
+from lowvram.fit import Fit, choose_seq_len, fit, said
 from lowvram.fit_cache import remembered
 from lowvram.frontier import MOST_ROWS, frontier, sequence_lengths
 from lowvram.levers import Lever, levers
@@ -17,6 +18,7 @@ from lowvram.measurement import Measure, Measurement, accepted, smaller
 from lowvram.memory import Card
 from lowvram.model import context_length, known_config
 from lowvram.prediction import Prediction, predictor
+from lowvram.prices import ALL_BLOCKS, time_of
 from lowvram.recipe import Recipe
 from lowvram.rehearsal import BatchShape
 from lowvram.target import limited
@@ -53,6 +55,8 @@ class Answer:
     measurement: Measurement | None
     refused: str | None
     """Why the measurement is no proof, if it is none."""
+    blocks: int
+    """That the model has."""
 
     @property
     def fits(self) -> bool:
@@ -150,6 +154,7 @@ def ask(
         levers=found,
         measurement=measured,
         refused=refused,
+        blocks=block_count(known_config(recipe.model.name, recipe.model.revision)),
     )
 
 
@@ -167,8 +172,11 @@ def epoch_seconds(recipe: Recipe, measured: Measurement) -> float | None:
 
 
 def _positions(recipe: Recipe) -> int:
-    positions = context_length(known_config(recipe.model.name, recipe.model.revision))
-    choose_seq_len(recipe.fit.max_seq_len, positions, positions)  # refuses more, before any search
+    """Tokens that the model has positions for; what it has not is refused before any search."""
+    config = known_config(recipe.model.name, recipe.model.revision)
+    positions = context_length(config)
+    choose_seq_len(recipe.fit.max_seq_len, positions, positions)
+    check_blocks(recipe.fit.gradient_checkpointing, block_count(config))
     return positions
 
 
@@ -185,20 +193,21 @@ def _asked(
     return BatchShape(
         micro_batch_size=recipe.train.global_batch_size if rows == "auto" else rows,
         seq_len=length,
-        gradient_checkpointing=wanted.gradient_checkpointing is True,
+        gradient_checkpointing=said(wanted.gradient_checkpointing),
     )
 
 
 def _why(recipe: Recipe, chosen: Fit) -> str:
-    size = recipe.train.global_batch_size
-    rows = (
-        "the whole global batch at once"
-        if chosen.micro_batch_size == size
-        else f"the most rows that fit and divide the global batch of {size}"
-    )
-    checkpointing = (
-        "checkpointing, since without it a forward pass would be small"
-        if chosen.gradient_checkpointing
-        else "no checkpointing, which would cost a third more time"
-    )
-    return f"{rows}; {checkpointing}"
+    size, kind = recipe.train.global_batch_size, chosen.gradient_checkpointing
+    if chosen.micro_batch_size == size:
+        rows = "the whole global batch at once"
+    elif kind is False:
+        rows = f"the most rows that fit and divide the global batch of {size}"
+    else:
+        rows = f"as many rows as fit or keep a card busy, of those that divide the {size} of a step"
+    if recipe.fit.gradient_checkpointing != "auto":
+        return f"{rows}; recomputation as the recipe says"
+    time = time_of(kind, chosen.blocks)
+    if kind is False:
+        return f"{rows}; recomputing all blocks would take {ALL_BLOCKS:.2f} x the time"
+    return f"{rows}; the cheapest recomputation that fits, {time:.2f} x the time of none"

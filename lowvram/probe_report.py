@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lowvram.checkpointing import in_words
 from lowvram.directory import write_text
 from lowvram.display import Display, format_seconds
 from lowvram.errors import DeviceError, RecipeError
@@ -138,8 +139,9 @@ def frontier_text(found: Frontier) -> str:
         return f"no shape for this recipe: {found.reason}"
     text = (
         f"recommended: {chosen.gradient_accumulation_steps} x {chosen.micro_batch_size} rows of "
-        f"{chosen.max_seq_len} tokens, checkpointing "
-        f"{'on' if chosen.gradient_checkpointing else 'off'} ({chosen.reason}): {found.reason}"
+        f"{chosen.max_seq_len} tokens, "
+        f"{in_words(chosen.gradient_checkpointing, chosen.blocks)} ({chosen.reason}): "
+        f"{found.reason}"
     )
     return text + ("" if chosen.measurement is None else "\n" + _measured_text(chosen.measurement))
 
@@ -150,8 +152,9 @@ def answer_text(answer: Answer) -> str:
     spare = prediction.headroom_bytes
     room = f"{format_gib(spare)} to spare" if spare >= 0 else f"{format_gib(-spare)} too much"
     text = (
-        f"{shape.micro_batch_size} x {shape.seq_len} tokens, checkpointing "
-        f"{'on' if shape.gradient_checkpointing else 'off'}, on {answer.card.name}: {verdict}. "
+        f"{shape.micro_batch_size} x {shape.seq_len} tokens, "
+        f"{in_words(shape.gradient_checkpointing, answer.blocks)}, on {answer.card.name}: "
+        f"{verdict}. "
         f"Predicted peak {format_gib(prediction.reserved_bytes)} of "
         f"{format_gib(prediction.budget_bytes)}, {room}"
     )
@@ -182,5 +185,5 @@ def answer_tables(answer: Answer) -> list[Table]:
     for name, justify in (("saves", "right"), ("change", "left"), ("price", "left")):
         saving.add_column(name, justify=justify)  # type: ignore[arg-type]
     for lever in answer.levers:
-        saving.add_row(format_gib(lever.saved_bytes), lever.change, lever.price)
+        saving.add_row(format_gib(lever.saved_bytes), lever.change, str(lever.price))
     return [peak, saving]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lowvram.build import Numerics, build
+from lowvram.checkpointing import Checkpointing
 from lowvram.data import IGNORED, Batch
 from lowvram.perplexity import pass_tokens_on, score
 from lowvram.recipe import Recipe, with_overrides
@@ -23,19 +24,28 @@ STEPS = 3
 """The optimizer's states are made in the first; the second is the first that has them all along."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BatchShape:
     """`micro_batch_size` rows of `seq_len` tokens in each forward pass."""
 
     micro_batch_size: int
     seq_len: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
+
+    def __eq__(self, other: object) -> bool:
+        """True, all blocks, is not 1, the first of them, as it is to Python."""
+        return isinstance(other, BatchShape) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
 
 
 def pinned(recipe: Recipe, shape: BatchShape) -> Recipe:
     """The recipe with this shape, for a global batch that it divides."""
     size = recipe.train.global_batch_size
-    if size % shape.micro_batch_size:
+    if recipe.train.fused_backward:
+        size = shape.micro_batch_size  # such a step has one micro-batch
+    elif size % shape.micro_batch_size:
         passes = 1 if shape.micro_batch_size > size else 2
         size = passes * shape.micro_batch_size
     return with_overrides(

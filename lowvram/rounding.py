@@ -29,5 +29,5 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> None:
         finite = exact.isfinite()
         bits = exact.view(torch.int32)
         bits += torch.empty_like(bits).random_(0, _LOW_BITS).mul_(finite)
-        bits.bitwise_and_(-_LOW_BITS)
+        bits -= bits.bitwise_and(_LOW_BITS - 1).mul_(finite)
         rounded.copy_(exact)

@@ -208,7 +208,8 @@ def _too_large(job: Job) -> str:
     chosen, recipe = job.plan.fit, job.plan.recipe
     levers = [
         f"fit.micro_batch_size below {chosen.micro_batch_size}" * (chosen.micro_batch_size > 1),
-        "fit.gradient_checkpointing: true" * (not chosen.gradient_checkpointing),
+        "fit.gradient_checkpointing: true" * (chosen.gradient_checkpointing is False),
+        "fit.gradient_checkpointing: offload" * (chosen.gradient_checkpointing != "offload"),
         "train.chunked_loss: true" * (not recipe.train.chunked_loss),
         f"fit.max_seq_len below {chosen.max_seq_len}",
         "model.dtype: nf4" * (recipe.method.name != "full" and recipe.model.dtype != "nf4"),
@@ -368,6 +369,10 @@ def _write_models(job: Job, display: Display) -> MergeProof:
     shutil.rmtree(directory.merged, ignore_errors=True)
     if recipe.method.name == "full":
         model = plain_model(state.model)
+        if model.dtype != torch.float32:
+            # The proof is in fp32, where weights of 16 bits are the same numbers; a card that
+            # trained them has no room for that.
+            torch.nn.Module.to(model, "cpu", torch.float32)
         proof = write_proven(
             model,
             job.plan.tokenizer,

@@ -108,9 +108,12 @@ def train(state: TrainState, windows: Iterable[Sequence[Batch]]) -> Iterator[Ste
         metrics = train_step(state, window)
         yield metrics
         if state.nonfinite_in_a_row >= state.max_nonfinite_steps:
+            kept = "the weights are still those of the last good step"
+            if state.fused is not None:
+                kept = "tensors with a finite gradient have been updated, no other"
             raise TrainingError(
                 f"step {metrics.step}: the loss was not finite {state.nonfinite_in_a_row} steps in "
-                "a row; the weights are still those of the last good step. Lower "
+                f"a row; {kept}. Lower "
                 "train.learning_rate, or use train.precision: bf16 or fp32 instead of fp16"
             )
         if metrics.loss_scale is not None and metrics.loss_scale < 1.0:
@@ -137,7 +140,7 @@ def train_step(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
     elif state.fused is not None:
         grad_norm, skipped = state.fused.end()
         if not math.isfinite(loss):
-            skipped = "nonfinite"
+            grad_norm, skipped = math.nan, "nonfinite"  # there was no backward pass
     else:
         grad_norm = _unscale_and_clip(state)
         skipped = _step_unless_nonfinite(state, loss, grad_norm)

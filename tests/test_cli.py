@@ -154,6 +154,74 @@ def test_a_bad_recipe_fails_quickly_and_lightly(tmp_path: Path) -> None:
     assert seconds < 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "nonesuch"], 2, "nonesuch: no recipe of that name"),
+        (["run", "{bad_yaml}"], 2, "{bad_yaml}:2: not valid YAML"),
+        (["run", "quickstart", "--set", "model.name=/none"], 4, "'/none' is no directory"),
+        (["run", "quickstart", "--set", "data.source=/none.txt"], 3, "'/none.txt': no such file"),
+        (["run", "quickstart", "--set", "output_dir={bad_yaml}"], 5, "is a file"),
+        (["run", "quickstart", "--dry-run", "--gpu", "rtx-0"], 6, "unknown card 'rtx-0'"),
+        (["probe", "quickstart", "--gpu", "rtx-0"], 6, "unknown card 'rtx-0'"),
+        (["probe", "quickstart", "--vram", "12Foo"], 2, "--vram: found '12Foo'"),
+        (["probe", "quickstart", "--plot", "x.foo"], 2, "x.foo: found .foo, allowed .png"),
+        (["probe", "quickstart", "--set", "model.name=/none"], 4, "'/none' is no directory"),
+        (["evaluate", "/none", "--data", "{bad_yaml}"], 4, "'/none' is no directory"),
+        (["evaluate", "gpt2", "--data", "/none.txt"], 3, "'/none.txt': no such file"),
+        (["evaluate", "gpt2", "--data", "{bad_yaml}", "--encoding", "x"], 3, "encoding is 'x'"),
+        (["generate", "/none", "--prompt", "x"], 4, "'/none' is no directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_can_be_refused_at_once_is(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    """Nothing heavy is loaded first; how long that takes is what benchmarks/startup.py says."""
+    bad_yaml = tmp_path / "bad.yaml"
+    bad_yaml.write_text("model: {name: gpt2\n")
+    arguments = [argument.format(bad_yaml=bad_yaml) for argument in arguments]
+
+    done, _ = process(*arguments, cwd=tmp_path)
+
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    error, loaded = done.stderr.rsplit("loaded:", 1)
+    assert message.format(bad_yaml=bad_yaml) in error
+    assert loaded.strip() == ""
+
+
+def test_light_checks_say_what_the_command_itself_would_say(tmp_path: Path) -> None:
+    """The same words from the functions that the commands end in, where two of ours tell them."""
+    from lowvram.inputs import check_card, check_picture
+    from lowvram.memory.canvas import open_canvas
+    from lowvram.model import locate
+    from lowvram.names import local_directory
+    from lowvram.target import named_card
+
+    for name in ("/none", "embedded:none", "a b"):
+        with pytest.raises(LowVRAMError) as expected:
+            locate(name)
+        with pytest.raises(type(expected.value), match=f"^{re.escape(str(expected.value))}$"):
+            local_directory(name)
+    for gpu, vram in (("rtx-0", None), (None, "12Foo"), (None, "-1")):
+        with pytest.raises(LowVRAMError) as expected:
+            named_card(gpu, vram)
+        with pytest.raises(type(expected.value), match=f"^{re.escape(str(expected.value))}$"):
+            check_card(gpu, vram)
+    for picture in (Path("x.foo"), Path("x")):
+        with pytest.raises(LowVRAMError) as expected:
+            open_canvas(picture, [1.0])
+        with pytest.raises(type(expected.value), match=f"^{re.escape(str(expected.value))}$"):
+            check_picture(picture)
+    assert local_directory("embedded:gpt2-docstrings") == locate("embedded:gpt2-docstrings")
+    assert local_directory(str(tmp_path)) == tmp_path
+    assert local_directory("organisation/name") is None
+    check_card("rtx-4070-ti", None)
+    check_card(None, "12GiB")
+    check_picture(Path("a.PNG"))
+
+
 def test_a_run_in_a_process_of_its_own(recipe_file: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lowvram", "run", str(recipe_file), "--quiet"],

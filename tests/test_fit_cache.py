@@ -27,6 +27,7 @@ FOUND = Fit(
     micro_batch_size=4,
     max_seq_len=64,
     gradient_checkpointing=False,
+    blocks=2,
     gradient_accumulation_steps=2,
     reason="predicted peak 46.0 MiB of 60.0 MiB, measured 46.0 MiB",
     predicted_reserved_bytes=46 * MIB,

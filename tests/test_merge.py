@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -14,17 +15,27 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_gpt2, make_tokenizer, save
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from conftest import make_gpt2, make_llama, make_tokenizer, save
+from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from lowvram.adapters import Adapter, Base, add_adapter, load_adapter, plain_model, save_adapter
+from lowvram.adapters import (
+    Adapter,
+    Base,
+    add_adapter,
+    load_adapter,
+    merged_tensors,
+    merging_in_turn,
+    plain_model,
+    save_adapter,
+)
 from lowvram.build import build
 from lowvram.errors import CheckpointError, ModelError, ProofError
 from lowvram.merge import PROOF_TEXT, MergeProof, find_adapter, logits_of, merge, write_proven
-from lowvram.model import load_model, weights_sha256
+from lowvram.model import load_model, load_tokenizer, weights_sha256
 from lowvram.plan import plan
 from lowvram.train import train
 
@@ -151,6 +162,49 @@ def test_trained_biases_are_merged_too(gpt2_dir: Path, tmp_path: Path) -> None:
             saved = learned[START + name.replace("c_attn.", "c_attn.base_layer.")]
             assert torch.equal(tensor, saved)
             assert not torch.equal(tensor, base[name])
+
+
+PEFT_KINDS = {
+    "lora": LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+    "rslora": LoraConfig(target_modules=["c_fc"], use_rslora=True, fan_in_fan_out=True),
+    "dora": LoraConfig(target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True),
+    "biases": LoraConfig(target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True),
+    "copies": LoraConfig(
+        target_modules=["c_attn"], modules_to_save=["ln_f", "mlp"], fan_in_fan_out=True
+    ),
+    "loha": LoHaConfig(target_modules=["q_proj", "down_proj"]),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_tensors_are_bit_for_bit_those_of_peft(kind: str) -> None:
+    """And merging leaves the model as it was: layers are merged one at a time."""
+    make = make_llama if kind in ("loha", "ia3") else make_gpt2
+    model = get_peft_model(make(), copy.deepcopy(PEFT_KINDS[kind]))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    live = logits(model)
+    names = list(make().state_dict())
+
+    found = {name: tensor.clone() for name, tensor in merged_tensors(model, names)}
+    with merging_in_turn(model):
+        in_turn = logits(model)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model), live)
+    merged = model.merge_and_unload(safe_merge=True)
+    expected = merged.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert torch.equal(in_turn, logits(merged))
+    assert (in_turn - live).abs().max() < 1e-4
+    assert (live - logits(make())).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8", "nf4"])
@@ -513,14 +567,16 @@ def test_an_adapter_is_found_alone_or_in_a_run(adapter: Path, tmp_path: Path) ->
     assert find_adapter(tmp_path) == adapter
 
 
-def damage(name: str, change: Callable[[torch.Tensor], None]) -> Callable[[Any], Any]:
+def damage(wrong: str, change: Callable[[torch.Tensor], None]) -> Callable[..., Any]:
     """A merge that gets one weight wrong."""
+    real = module.merged_tensors
 
-    def merge_wrong(model: Any) -> Any:
-        merged = model.merge_and_unload()
-        with torch.no_grad():
-            change(dict(merged.named_parameters())[name])
-        return merged
+    def merge_wrong(model: Any, names: Any) -> Any:
+        for name, tensor in real(model, names):
+            if name == wrong:
+                with torch.no_grad():
+                    change(tensor)
+            yield name, tensor
 
     return merge_wrong
 
@@ -539,14 +595,30 @@ def test_a_wrong_merge_leaves_nothing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
 ) -> None:
     name = "transformer.h.1.attn.c_attn.weight"
-    monkeypatch.setattr(module, "merge_adapter", damage(name, change))
+    monkeypatch.setattr(module, "merged_tensors", damage(name, change))
 
     with pytest.raises(ProofError) as error:
         merge(adapter, tmp_path / "out")
 
-    start = f"{tmp_path / 'out'}: not written, since merged logits differ from base and adapter by "
-    assert str(error.value).startswith(start)
+    assert str(error.value).startswith(
+        f"{tmp_path / 'out'}: not written, since logits of what was read back differ from base and "
+        "adapter by "
+    )
     assert ", allowed 0.000" in str(error.value)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_update_leaves_nothing(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """In a file of 16 bits, rounding would hide it."""
+    real = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *given: 1.001 * real(*given))
+
+    with pytest.raises(ProofError, match="out: not written, since .* differ from base and adapter"):
+        merge(adapter, tmp_path / "out", dtype=dtype)
+
     assert left_over(tmp_path) == []
 
 
@@ -555,20 +627,17 @@ def test_a_file_that_is_not_what_was_merged_leaves_nothing(
 ) -> None:
     real = module.save_plain
 
-    def save_wrong(model: Any, tokenizer: Any, directory: Path) -> None:
-        real(model, tokenizer, directory)
+    def save_wrong(model: Any, tokenizer: Any, directory: Path, **options: Any) -> None:
+        real(model, tokenizer, directory, **options)
         tensors = load_file(directory / "model.safetensors")
-        tensors["transformer.h.0.ln_1.bias"][3] += 1e-3
+        tensors["transformer.h.0.ln_1.bias"][3] += 1e-2
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(module, "save_plain", save_wrong)
 
-    with pytest.raises(ProofError) as error:
+    with pytest.raises(ProofError, match="logits of what was read back differ"):
         merge(adapter, tmp_path / "out")
 
-    assert str(error.value) == (
-        "model.safetensors: transformer.h.0.ln_1.bias is not a tensor of the merged model"
-    )
     assert left_over(tmp_path) == []
 
 
@@ -581,16 +650,20 @@ def test_a_file_that_is_not_what_was_merged_leaves_nothing(
             lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}),
             "lm_head.weight is not a tensor of the merged model",
         ),
+        (
+            lambda t: t.update({"transformer.ln_f.bias": t["transformer.ln_f.bias"].double()}),
+            "transformer.ln_f.bias is not a tensor of the merged model",
+        ),
     ],
-    ids=["less", "more", "head"],
+    ids=["less", "more", "head", "dtype"],
 )
 def test_a_file_with_other_tensors_leaves_nothing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     real = module.save_plain
 
-    def save_wrong(model: Any, tokenizer: Any, directory: Path) -> None:
-        real(model, tokenizer, directory)
+    def save_wrong(model: Any, tokenizer: Any, directory: Path, **options: Any) -> None:
+        real(model, tokenizer, directory, **options)
         tensors = load_file(directory / "model.safetensors")
         change(tensors)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -731,7 +804,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 def test_a_disk_that_fills_up_leaves_nothing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(model: Any, tokenizer: Any, directory: Path) -> None:
+    def fail(model: Any, tokenizer: Any, directory: Path, **options: Any) -> None:
         directory.mkdir()
         (directory / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -754,3 +827,19 @@ def test_missing_directories_above_are_made(adapter: Path, tmp_path: Path) -> No
     merge(adapter, tmp_path / "a" / "b")
 
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_weights_that_are_no_numbers_are_not_written(
+    gpt2_dir: Path, tmp_path: Path, dtype: str
+) -> None:
+    model: Any = load_model(str(gpt2_dir))
+    expected = logits_of(model, [[1, 2, 3]])
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = torch.nan
+    tokenizer = load_tokenizer(str(gpt2_dir))
+    with pytest.raises(ProofError, match="not written"):
+        write_proven(
+            model, tokenizer, tmp_path / "out", expected=expected, rows=[[1, 2, 3]], dtype=dtype
+        )
+    assert list(tmp_path.iterdir()) == []

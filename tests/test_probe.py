@@ -22,6 +22,7 @@ from lowvram.measurement import Measure
 from lowvram.memory import Card, card_of_size, find_card
 from lowvram.plan import Plan, plan
 from lowvram.prediction import Predict, predict, with_budget
+from lowvram.prices import ALL_BLOCKS
 from lowvram.probe import ask, epoch_seconds, probe
 from lowvram.recipe import Recipe, load_recipe
 from lowvram.rehearsal import BatchShape
@@ -190,9 +191,9 @@ def test_the_frontier_as_a_table(simulated: Callable[[Cost], None]) -> None:
     assert rows[-1] == ["1024", "on", "13", "3.84 GiB", "0.16 GiB"]
     assert len(rows) == 6
     assert (
-        "recommended: 4 x 8 rows of 1024 tokens, checkpointing on (predicted peak 2.59 GiB of "
-        "4.00 GiB): the most rows that fit and divide the global batch of 32; checkpointing, since "
-        "without it a forward pass would be small\n"
+        "recommended: 8 x 4 rows of 1024 tokens, all 12 blocks recomputed (predicted peak 1.59 GiB "
+        "of 4.00 GiB): as many rows as fit or keep a card busy, of those that divide the 32 of a "
+        f"step; the cheapest recomputation that fits, {ALL_BLOCKS:.2f} x the time of none\n"
     ) in text
     assert "measured" not in text
     assert result.stderr == ""
@@ -210,7 +211,10 @@ def test_where_nothing_fits_the_table_and_the_reason_say_so(
     assert found["chosen"] is None
     text = invoke("probe", "gpt2-lora", "--vram", "640MiB").stdout
     assert text.count("does not fit") == 6
-    assert "no shape for this recipe: 1 x 1024 tokens with gradient checkpointing take" in text
+    assert (
+        "no shape for this recipe: 1 x 1024 tokens with all 12 blocks recomputed, their inputs in "
+        "host memory take"
+    ) in text
     arguments = ["--vram", "640MiB", "--save-recipe", tmp_path / "saved.yaml"]
     message = error_of("probe", "gpt2-lora", *arguments, code=2)
     assert message.startswith("--save-recipe: nothing to save: 1 x 1024 tokens ")
@@ -225,12 +229,12 @@ def test_one_shape_as_text(simulated: Callable[[Cost], None]) -> None:
     not_so = invoke("probe", "gpt2-lora", "--vram", "2GiB", *shape).stdout
 
     assert fits.startswith(
-        "16 x 512 tokens, checkpointing off, on 12 GiB: fits. Predicted peak 8.59 GiB of "
+        "16 x 512 tokens, nothing recomputed, on 12 GiB: fits. Predicted peak 8.59 GiB of "
         "12.00 GiB, 3.41 GiB to spare\n"
     )
     assert not_so.startswith(
-        "16 x 512 tokens, checkpointing on, on 2 GiB: does not fit. Predicted peak 2.59 GiB of "
-        "2.00 GiB, 0.59 GiB too much\n"
+        "16 x 512 tokens, all 12 blocks recomputed, on 2 GiB: does not fit. Predicted peak "
+        "2.59 GiB of 2.00 GiB, 0.59 GiB too much\n"
     )
     less = answer("gpt2-lora", "--vram", "2GiB", *shape)
     assert less["fits"] is False
@@ -407,7 +411,7 @@ def test_the_recommended_shape_is_confirmed_on_the_card(
 
     assert len(measure.tried) == 1  # the second probe remembers
     assert (
-        "8 rows of 64 tokens, checkpointing off (predicted peak 1.09 GiB of 4.00 GiB, measured "
+        "8 rows of 64 tokens, nothing recomputed (predicted peak 1.09 GiB of 4.00 GiB, measured "
         "1.09 GiB)"
     ) in text
     assert (
@@ -544,7 +548,7 @@ def test_a_dry_run_plans_for_a_card_that_is_elsewhere(
     plan = " ".join(result.stdout.split())
     assert "device RTX 4070 Ti (simulated), bf16" in plan
     assert re.search(
-        r"8 rows of up to 64 tokens = 1 x 8, checkpointing off "
+        r"8 rows of up to 64 tokens = 1 x 8, nothing recomputed "
         r"\(predicted peak 46\.0 MiB of 11\.44 GiB\)",
         plan,
     )
@@ -585,7 +589,7 @@ def test_a_run_on_a_card_reports_predicted_beside_measured(
     assert found["fit"]["reason"] == "predicted peak 46.0 MiB of 12.00 GiB"
     text = lines.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"peak memory +\S+ [\d.]+ [GM]iB \(predicted 46\.0 MiB\)", text)
-    assert "4 rows of up to 64 tokens = 1 x 4, checkpointing off (predicted peak 46.0 MiB" in text
+    assert "4 rows of up to 64 tokens = 1 x 4, nothing recomputed (predicted peak 46.0 MiB" in text
     pinned = load_recipe(Path(result.output_dir) / "recipe.yaml").fit
     assert (pinned.micro_batch_size, pinned.max_seq_len) == (4, 64)
 

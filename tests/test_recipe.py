@@ -298,7 +298,8 @@ WHOLE = "a whole number of at least 1"
         ("method: {target_modules: []}", "method.target_modules: found [], allowed: auto, all-linear, or a list of one or more texts"),
         ("method: {target_modules: [c_attn, 5]}", "method.target_modules[1]: found 5, allowed: text, not empty"),
         ("method: {target_modules: [c_attn, transformer.wte]}", "method.target_modules: found ['c_attn', 'transformer.wte']: 'transformer.wte' is an embedding, or the output head that shares its weight: a change to it cannot be merged into a plain checkpoint. Name linear layers such as c_attn, c_proj or c_fc"),
-        ("fit: {gradient_checkpointing: on}", "fit.gradient_checkpointing: found 'on', allowed: auto, true, false; did you mean true?"),
+        ("fit: {gradient_checkpointing: on}", "fit.gradient_checkpointing: found 'on', allowed: auto, true, false, a number of blocks, selective, offload; did you mean true?"),
+        ("fit: {gradient_checkpointing: 0}", "fit.gradient_checkpointing: found 0, allowed: auto, true, false, a number of blocks, selective, offload"),
         ("fit: {max_seq_len: 1e3}", "fit.max_seq_len: found 1000.0, allowed: auto, or a whole number of at least 2; write 1000"),
         ("fit: {vram: 12}", "fit.vram: found 12, allowed: auto, or a size such as 12GiB, 12GB or 11500MiB"),
         ("fit: {vram: 12G}", "fit.vram: found '12G': write a size such as 12GiB, 12GB or 11500MiB"),
@@ -365,8 +366,8 @@ fit:
   micro_batch_size: 5
 """
     assert refusal(write(text), {"train.epochs": 0}).split("\n") == [
-        "my.yaml:2: model.dtype: int8 does not go with method.name: full, which trains fp32 master "
-        "weights. Write fp32 or auto, or choose method.name: lora",
+        "my.yaml:2: model.dtype: int8 does not go with method.name: full, which trains the weights "
+        "themselves. Write fp32 or auto, or bf16, whose updates are rounded by chance, or choose method.name: lora",
         "my.yaml:4: train.lerning_rate: unknown key. Did you mean train.learning_rate?",
         "my.yaml:5: train.optimizer: found 'adam', allowed: adamw, adamw8bit, paged_adamw8bit, "
         "lion8bit, adafactor, sgd; did you mean adamw?",
@@ -392,14 +393,51 @@ def test_values_in_messages_are_short_and_printable() -> None:
 
 # --- keys that do not go together -------------------------------------------------------------
 
+FUSED = {"method.name": "full", "train.fused_backward": True, "train.max_grad_norm": None}
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
-            {"method.name": "full", "model.dtype": "bf16"},
-            "--set model.dtype: bf16 does not go with method.name: full, which trains fp32 master "
-            "weights. Write fp32 or auto, or choose method.name: lora",
+            {"method.name": "full", "model.dtype": "nf4"},
+            "--set model.dtype: nf4 does not go with method.name: full, which trains the weights themselves. "
+            "Write fp32 or auto, or bf16, whose updates are rounded by chance, or choose method.name: lora",
+        ),
+        ({"method.name": "full", "model.dtype": "bf16"}, None),
+        ({"method.name": "full", "model.dtype": "bf16", "train.precision": "bf16"}, None),
+        (
+            {"method.name": "full", "model.dtype": "bf16", "train.precision": "fp32"},
+            "--set train.precision: fp32 is not how a model in bf16 computes. Write auto or bf16, or "
+            "model.dtype: fp32",
+        ),
+        (FUSED, None),
+        ({**FUSED, "model.dtype": "bf16", "fit.micro_batch_size": 32}, None),
+        (
+            {"train.fused_backward": True, "train.max_grad_norm": None},
+            "--set train.fused_backward: has no use with method.name: lora, whose gradients are small. "
+            "Remove it, or choose method.name: full",
+        ),
+        (
+            {**FUSED, "train.max_grad_norm": 0.5},
+            "--set train.max_grad_norm: 0.5 needs all gradients before the first update, which "
+            "train.fused_backward does not keep. Write null, and a lower train.learning_rate",
+        ),
+        # The default clips, so that leaving the key out is refused as well.
+        (
+            {"method.name": "full", "train.fused_backward": True},
+            "my.yaml: train.max_grad_norm: 1.0 needs all gradients before the first update, which "
+            "train.fused_backward does not keep. Write null, and a lower train.learning_rate",
+        ),
+        (
+            {**FUSED, "train.precision": "fp16"},
+            "--set train.precision: fp16 scales the loss, and skips a step whose gradients overflow, "
+            "which is known too late with train.fused_backward. Write bf16, fp32 or auto",
+        ),
+        (
+            {**FUSED, "fit.micro_batch_size": 8},
+            "--set fit.micro_batch_size: 8 makes several micro-batches of train.global_batch_size: 32, "
+            "whose gradients would have to be kept. Write 32 or auto, or change train.global_batch_size",
         ),
         (
             {"method.name": "full", "method.target_modules": ["c_attn"]},

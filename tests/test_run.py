@@ -541,10 +541,11 @@ def test_overwriting_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> 
 def test_a_merge_that_fails_its_proof_leaves_no_merged_directory(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def merge_nothing(model: Any) -> Any:
-        return model.unload()
+    def merge_nothing(model: Any, names: Any) -> Any:
+        base = model.unload().state_dict()
+        return ((name, base[name]) for name in names)
 
-    monkeypatch.setattr(sys.modules["lowvram.merge"], "merge_adapter", merge_nothing)
+    monkeypatch.setattr(sys.modules["lowvram.merge"], "merged_tensors", merge_nothing)
     recipe = make_recipe()
 
     with pytest.raises(LowVRAMError) as error:

@@ -1,7 +1,8 @@
 """Documents: from a source to the pieces of text that are tokenised, in a stream.
 
 Of a file no more is in memory than one line, row or paragraph; with `split_long`, which the
-tokenizer has to allow (see `pieces`), of a file read as one document no more than a piece.
+tokenizer has to allow (see `pieces`), of a line or a file read as one document no more than what
+lies between two places to cut.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lowvram.data import text
 from lowvram.data.columns import columns_of
 from lowvram.data.files import TABLES, resolve
 from lowvram.data.hub import hub_rows
-from lowvram.data.pieces import parts, pieces_of, with_end
+from lowvram.data.pieces import PIECE_CHARACTERS, parts, pieces_of, with_end
 from lowvram.data.reference import reference_documents, reference_topics
 from lowvram.data.source import Origin, Piece, ReadReport, Source
 from lowvram.data.tables import Row, read_rows
@@ -42,7 +43,7 @@ def read_pieces(
     for origin in resolve(source, report) if origins is None else origins:
         if streams(origin, source, split_long):
             assert origin.path is not None
-            yield from stream_document(origin.path, source.encoding, report)
+            yield from STREAMS[source.format](origin.path, source.encoding, report)
             continue
         for prompt, completion in examples(origin, source, report):
             if not completion or completion.isspace():
@@ -58,22 +59,48 @@ def read_pieces(
 
 
 def streams(origin: Origin, source: Source, split_long: bool) -> bool:
-    """Whether a file is one document that may be cut; a separator has to be looked for first."""
+    """Whether lines or a file may be cut where they are long; a separator has to be looked for."""
     is_text = origin.path is not None and origin.path.suffix.lower() not in TABLES
-    return is_text and source.format == "document" and split_long and source.separator is None
+    return is_text and source.format in STREAMS and split_long and source.separator is None
 
 
 def stream_document(path: Path, encoding: str, report: ReadReport) -> Iterator[Piece]:
-    """One file as the pieces of one document. Before a cut there is text, so only a whole can be
-    blank."""
+    """One file as the pieces of one document."""
+    yield from document_of(text.chunks(path, encoding, report), report)
+
+
+def stream_lines(path: Path, encoding: str, report: ReadReport) -> Iterator[Piece]:
+    """A document a line."""
+    found = text.line_parts(path, encoding, report)
+    for part in found:
+        if part.endswith("\n") and len(part) <= PIECE_CHARACTERS and not part.isspace():
+            report.documents += 1
+            yield Piece(part[:-1])
+        else:
+            yield from document_of(rest_of_line(part, found), report)
+
+
+def rest_of_line(part: str, following: Iterator[str]) -> Iterator[str]:
+    """A line of several parts from its first; its line end is left out."""
+    while not part.endswith("\n"):
+        yield part
+        part = next(following, "\n")
+    yield part[:-1]
+
+
+def document_of(chunks: Iterable[str], report: ReadReport) -> Iterator[Piece]:
+    """A document as pieces, or as nothing if it is blank."""
     seen = False
-    for piece in with_end(parts(text.chunks(path, encoding, report))):
+    for piece in with_end(parts(chunks)):
         if piece.end and not seen and piece.text.isspace():
-            report.blank += 1
-            return
+            break
         report.documents += not seen
         seen = True
         yield piece
+    report.blank += not seen
+
+
+STREAMS = {"auto": stream_lines, "lines": stream_lines, "document": stream_document}
 
 
 def examples(origin: Origin, source: Source, report: ReadReport) -> Iterator[tuple[str, str]]:

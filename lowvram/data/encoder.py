@@ -33,11 +33,9 @@ class Encoder:
         self.allow_special_tokens = allow_special_tokens
         self.suffix = [int(tokenizer.eos_token_id)] if append_eos else []
         self.prefix = added_in_front(tokenizer)
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # What others set for a call of their own; it plays no part in ours.
-        del backend["truncation"], backend["padding"]
-        self.may_split = may_split(backend)
-        self.sha256 = hashlib.sha256(json.dumps(backend).encode()).hexdigest()
+        backend = self.backend().to_str()
+        self.may_split = may_split(json.loads(backend))
+        self.sha256 = hashlib.sha256(backend.encode()).hexdigest()
         ids = tokenizer.get_vocab().values()
         self.vocabulary_size = 1 + max([0, *ids, *self.prefix, *self.suffix])
 
@@ -46,16 +44,19 @@ class Encoder:
         return [self.sha256, self.prefix, self.suffix, self.allow_special_tokens]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=not self.allow_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        """The tokens of each text, by all cores; other threads run meanwhile."""
+        # Without the places in the text, which nobody asks for and which take a tenth of the time.
+        encodings = self.backend().encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def backend(self) -> Any:
+        """The tokenizer of the tokenizers library, with what others may have set for a call of
+        their own as we need it; each call of transformers sets all of this anew, too."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = not self.allow_special_tokens
+        return backend
 
 
 def added_in_front(tokenizer: Any) -> list[int]:

@@ -6,7 +6,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lowvram.data.hub import load_hub
@@ -48,7 +48,24 @@ def resolve(source: Source, report: ReadReport) -> list[Origin]:
     return origins
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raises the DataError of `resolve` for what it would refuse without asking the hub."""
+    for name in names:
+        if not local_origins(name, ReadReport()) and not may_be_hub_id(name):
+            raise not_found(name, Path(name).expanduser())
+
+
 def resolve_name(name: str, source: Source, report: ReadReport) -> list[Origin]:
+    found = local_origins(name, report)
+    if found:
+        return found
+    if may_be_hub_id(name):
+        return [Origin(name=name, dataset=load_hub(name, source.config, source.split))]
+    raise not_found(name, Path(name).expanduser())
+
+
+def local_origins(name: str, report: ReadReport) -> list[Origin]:
+    """What a name stands for on this machine; nothing if it has to be looked for elsewhere."""
     if name.startswith("embedded:"):
         if name != EMBEDDED:
             raise DataError(f"data.source {name!r}: the only embedded text is {EMBEDDED!r}")
@@ -65,9 +82,7 @@ def resolve_name(name: str, source: Source, report: ReadReport) -> list[Origin]:
         found = [match for match in matches if match.is_file()]
         kept = [file for file in found if file.suffix.lower() not in BINARIES]
         return usable(found, kept, f"glob {absolute(path)}", report)
-    if may_be_hub_id(name):
-        return [Origin(name=name, dataset=load_hub(name, source.config, source.split))]
-    raise not_found(name, path)
+    return []
 
 
 def may_be_hub_id(name: str) -> bool:

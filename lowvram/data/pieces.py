@@ -18,7 +18,9 @@ from collections.abc import Iterable, Iterator
 
 from lowvram.data.source import Piece
 
-PIECE_CHARACTERS = 1 << 16
+PIECE_CHARACTERS = 1 << 11
+"""The tokenizer is at its fastest with texts of about this size, and takes a quarter longer for
+those of 16,000 characters."""
 CUT = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
 
 

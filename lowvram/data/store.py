@@ -69,10 +69,9 @@ class StoreWriter:
         self.files: dict[str, BinaryIO] = {
             name: (directory / name).open("wb") for name in ("tokens", *ARRAYS)
         }
-        self.buffers = {name: array(code) for name, code in ARRAYS.items()}
-        self.buffers["starts"].append(0)
+        self.files["starts"].write(array(ARRAYS["starts"], [0]).tobytes())
+        self.rows: list[tuple[int, ...]] = []  # of ARRAYS, a document each
         self.n_tokens = 0
-        self.n_documents = 0
         self.begin()
 
     def begin(self) -> None:
@@ -96,20 +95,18 @@ class StoreWriter:
 
     def end(self) -> None:
         """The current document is complete."""
-        self.buffers["starts"].append(self.n_tokens)
-        self.buffers["prompt_lengths"].append(self.prompt_length)
-        self.buffers["hashes"].append(int.from_bytes(self.hash.digest(), "little"))
-        self.buffers["byte_counts"].append(self.byte_count)
-        self.buffers["word_counts"].append(self.word_count)
-        self.n_documents += 1
-        if self.n_documents % BUFFERED_DOCUMENTS == 0:
+        content = int.from_bytes(self.hash.digest(), "little")
+        self.rows.append(
+            (self.n_tokens, self.prompt_length, content, self.byte_count, self.word_count)
+        )
+        if len(self.rows) == BUFFERED_DOCUMENTS:
             self.flush()
         self.begin()
 
     def flush(self) -> None:
-        for name, buffer in self.buffers.items():
-            self.files[name].write(buffer.tobytes())
-            del buffer[:]
+        for (name, code), column in zip(ARRAYS.items(), zip(*self.rows, strict=True), strict=False):
+            self.files[name].write(array(code, column).tobytes())
+        self.rows.clear()
 
     def finish(self, report: ReadReport) -> None:
         """Everything to disk; only now the directory is a store."""

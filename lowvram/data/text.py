@@ -92,6 +92,17 @@ def binary(path: Path, where: str) -> DataError:
     )
 
 
+def line_parts(path: Path, encoding: str, report: ReadReport) -> Iterator[str]:
+    r"""The text in lines, a long one in stretches of 1 MiB; what ends with \n ends a line."""
+    with open_text(path, encoding, report) as file:
+        number = 1
+        while part := file.readline(CHUNK_CHARACTERS):
+            if "\0" in part:
+                raise binary(path, f"line {number}")
+            number += part.endswith("\n")
+            yield part
+
+
 def lines(path: Path, encoding: str, report: ReadReport) -> Iterator[str]:
     """One text a line, without its line end; blank lines too."""
     with open_text(path, encoding, report) as file:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from lowvram.data.source import Origin, Piece, ReadReport, Source
 from lowvram.data.store import StoreWriter, TokenStore, open_store
 from lowvram.errors import DataError
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 21
+BATCH_PIECES = 1 << 14
+BATCHES_AHEAD = 2
 
 
 def tokenize(
@@ -70,8 +74,8 @@ def write_store(
     writer = StoreWriter(directory, encoder.vocabulary_size)
     text_tokens, at_start = 0, True
     try:
-        for batch in batches(pieces):
-            for piece, ids in zip(batch, encoder.encode([p.text for p in batch]), strict=True):
+        for batch, tokens in encoded(batches(pieces), encoder):
+            for piece, ids in zip(batch, tokens, strict=True):
                 front = encoder.prefix if at_start else []
                 back = encoder.suffix if piece.end else []
                 writer.add(piece.text, front + ids + back, piece.prompt)
@@ -93,14 +97,34 @@ def no_tokens(report: ReadReport, encoder: Encoder) -> DataError:
     )
 
 
+def encoded(
+    batches: Iterable[list[Piece]], encoder: Encoder
+) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+    """Each batch with its tokens; while one is being written, the next ones are tokenised.
+
+    There are two, so that no core waits for the last text of one of them.
+    """
+    with ThreadPoolExecutor(max_workers=BATCHES_AHEAD) as pool:
+        jobs: deque[tuple[list[Piece], Future[list[list[int]]]]] = deque()
+        for batch in batches:
+            jobs.append((batch, pool.submit(encoder.encode, [piece.text for piece in batch])))
+            if len(jobs) > BATCHES_AHEAD:
+                done, job = jobs.popleft()
+                yield done, job.result()
+        while jobs:
+            done, job = jobs.popleft()
+            yield done, job.result()
+
+
 def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """About BATCH_CHARACTERS at a time: enough for all threads of the tokenizer, little memory."""
+    """Enough at a time for all threads of the tokenizer, of which a text is the work of one, and
+    little memory; the tokenizer takes about a kilobyte even for a text of one character."""
     batch: list[Piece] = []
     characters = 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece.text)
-        if characters >= BATCH_CHARACTERS:
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_PIECES:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -204,7 +204,7 @@ def _scale(size_bytes: int) -> tuple[int, str]:
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     seq_len: int
-    checkpointing: bool
+    checkpointing: bool | int | str
     micro_batch_size: int
     reserved_bytes: int | None
     headroom_bytes: int | None
@@ -227,7 +227,10 @@ class _Row:
         lines = [f"{self.micro_batch_size} × {self.seq_len:,} tokens"]
         if not self.micro_batch_size:
             lines = [f"not even 1 × {self.seq_len:,} tokens"]
-        lines.append(f"{'with' if self.checkpointing else 'without'} gradient checkpointing")
+        if isinstance(self.checkpointing, bool):
+            lines.append(f"{'with' if self.checkpointing else 'without'} gradient checkpointing")
+        else:
+            lines.append(f"gradient checkpointing: {self.checkpointing}")
         if self.reserved_bytes is not None:
             lines.append(f"{format_gib(self.reserved_bytes)} reserved")
         if self.headroom_bytes is not None:
@@ -304,7 +307,7 @@ def _draw_sizes(canvas: Png | Html, frontier: _Frontier, rows: list[_Row], look:
     hover = [row.describe() for row in fitting]
     canvas.line(0, frontier.places(fitting), y, look, hover)
     sizes = [f"{row.micro_batch_size:,}" for row in fitting]
-    above = rows[0].checkpointing
+    above = bool(rows[0].checkpointing)
     canvas.labels(frontier.places(fitting), y, sizes, look.color, above=above)
     others = frontier.places([row for row in rows if not row.micro_batch_size])
     at_bottom = [0.72 if above else 0.54] * len(others)

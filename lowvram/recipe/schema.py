@@ -114,7 +114,7 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention: torch's fused kernel, or plain matrix products; auto is the first, made leaner."""
     fused_gelu: bool = True
-    """Compute GPT-2's GELU with one fused kernel that keeps fewer activations."""
+    """Compute GPT-2's GELU in one kernel, which keeps less; on a CPU a few rows at a time."""
     lean_norms: bool = True
     """With weights in 16 bits, keep a layer norm's input and output in 16 bits, too."""
     fast_dropout: bool = True
@@ -243,8 +243,11 @@ class FitSection(Section):
     """Sequences per forward pass; must divide `train.global_batch_size`."""
     max_seq_len: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
     """Tokens per sequence; auto takes what the longest document needs, up to 1024."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: Annotated[
+        Literal["auto", "selective", "offload"] | bool | Count,
+        Wanted("auto, true, false, a number of blocks, selective, offload"),
+    ] = "auto"
+    """Blocks to recompute in the backward pass, for memory: all, none, the first few, or how."""
     vram: Annotated[
         str,
         AfterValidator(_auto_or_size),
@@ -330,6 +333,12 @@ def _method_conflicts(recipe: Recipe) -> Iterator[Conflict]:
                 message=f"{model.dtype} does not go with method.name: full, which trains the "
                 "weights themselves. Write fp32 or auto, or bf16, whose updates are rounded by "
                 "chance, or choose method.name: lora",
+            )
+        if model.dtype == "bf16" and recipe.train.precision not in ("auto", "bf16"):
+            yield Conflict(
+                keys=("train.precision", "model.dtype"),
+                message=f"{recipe.train.precision} is not how a model in bf16 computes. Write auto "
+                "or bf16, or model.dtype: fp32",
             )
         for key in ADAPTER_KEYS:
             if key in method.model_fields_set:

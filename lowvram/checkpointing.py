@@ -1,0 +1,188 @@
+"""Which blocks of a model are computed again in the backward pass, and how.
+
+A block that is recomputed keeps its input until the backward pass, and nothing else. Which blocks
+those are and what they keep does not change what is computed: random numbers are drawn again from
+the states that they were drawn from.
+
+Shapes: b rows of s tokens, hidden size d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowvram.errors import ModelError, RecipeError, TrainingError
+from lowvram.memory.measure import SIMULATED
+
+Checkpointing = bool | int | Literal["selective", "offload"]
+"""None of the blocks, all, the first N; all, keeping what is expensive; all, inputs on the host."""
+
+_NARROW = 128
+"""A product over so few numbers costs less than to keep what it gives: LoRA, scores of a head."""
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+_ADDED = "aten::addmm_"
+"""How folded LoRA adds to a product, which nothing has read before."""
+_KERNELS = {
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "bitsandbytes::gemm_4bit",
+    "bitsandbytes::int8_scaled_mm",
+    "bitsandbytes::int8_mixed_scaled_mm",
+}
+
+
+def block_count(config: PreTrainedConfig) -> int:
+    """How many of a model's blocks can be recomputed."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ModelError("config.json: num_hidden_layers (or n_layer) is missing")
+    return count
+
+
+def check_blocks(wanted: Checkpointing | Literal["auto"], blocks: int) -> None:
+    """Raises RecipeError for more blocks than a model has."""
+    if isinstance(wanted, int) and wanted > blocks:
+        raise RecipeError(
+            f"fit.gradient_checkpointing: found {wanted}, the model has {blocks} blocks; allowed "
+            f"1 to {blocks}, true (all of them), false, selective, offload or auto"
+        )
+
+
+def in_words(kind: Checkpointing, blocks: int) -> str:
+    """For people: "12 of 48 blocks recomputed"."""
+    match kind:
+        case False:
+            return "nothing recomputed"
+        case True:
+            return f"all {blocks} blocks recomputed"
+        case "selective":
+            return f"all {blocks} blocks recomputed but for products and attention"
+        case "offload":
+            return f"all {blocks} blocks recomputed, their inputs in host memory"
+    return f"{kind} of {blocks} blocks recomputed"
+
+
+def recompute(model: nn.Module, kind: Checkpointing) -> None:
+    """Let a model of transformers recompute blocks while it trains.
+
+    With a number it is the first blocks: what the others keep is gone by the time that the
+    backward pass gets to these. Raises RecipeError for more blocks than there are.
+    """
+    if kind is False:
+        return
+    transformer: Any = model
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not transformer.supports_gradient_checkpointing or not layers:
+        raise RecipeError(
+            f"fit.gradient_checkpointing: found {kind}, but transformers cannot recompute blocks "
+            f"of {type(model).__name__}; use false"
+        )
+    check_blocks(kind, len(layers))
+    transformer.activation_checkpointing_enable({"use_reentrant": False})
+    # Only the reentrant kind needs inputs that require a gradient.
+    transformer.disable_input_require_grads()
+    recomputed = len(layers) if kind is True or isinstance(kind, str) else kind
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < recomputed
+        if isinstance(kind, str):
+            layer._gradient_checkpointing_func = _FUNCTIONS[kind]
+
+
+def _keep_products(function: Callable[..., Any], *args: Any) -> Any:
+    """`checkpoint`, with what `_Policy` keeps."""
+    return checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(
+            # Its own check refuses any change of what is kept; the policy knows which is sound.
+            _Policy(),
+            allow_cache_entry_mutation=True,
+        ),
+    )
+
+
+class _Policy:
+    """Keeps the outputs of attention and of wide matrix products, in one pass through a block."""
+
+    def __init__(self) -> None:
+        self._kept: set[int] = set()
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op._schema.is_mutable and self._holds(kwargs.get("out", args[0] if args else None)):
+            if op.name() != _ADDED:
+                raise TrainingError(
+                    f"fit.gradient_checkpointing: selective: this model changes a product in place "
+                    f"({op.name()}), which cannot be kept; use true, or a number of blocks"
+                )
+            return CheckpointPolicy.MUST_SAVE
+        if not _is_expensive(op.name(), args):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        outputs = context.op_output
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            if isinstance(output, torch.Tensor):
+                self._kept.add(output.untyped_storage()._cdata)
+        return CheckpointPolicy.MUST_SAVE
+
+    def _holds(self, tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata in self._kept
+
+
+def _is_expensive(name: str, args: tuple[Any, ...]) -> bool:
+    if name in _PRODUCTS:
+        return bool(args[-2].shape[-1] > _NARROW)
+    return name in _KERNELS
+
+
+def _keep_inputs_on_host(function: Callable[..., Any], *args: Any) -> Any:
+    """`checkpoint`, with the hidden states, (b, s, d), in host memory until the backward pass.
+
+    They are the first argument. Masks and positions, which the blocks share, stay where they are.
+    """
+    others = args[1:]  # not all of them, which would hold on to the hidden states
+
+    def block(*hidden: torch.Tensor) -> Any:
+        return function(*hidden, *others)
+
+    with saved_tensors_hooks(_to_host, _from_host):
+        return checkpoint(block, *args[:1], use_reentrant=False)
+
+
+def _to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+    """A copy in pinned memory, which need not be waited for: one stream does all in order.
+
+    On the simulated device it is a tensor without bytes; on a CPU, the tensor itself.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.device, tensor
+    if tensor.device.type == SIMULATED:
+        return tensor.device, torch.empty_like(tensor, device="meta")
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def _from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    device, host = packed
+    if host.device.type == "meta":
+        return torch.empty_like(host, device=device)
+    return host.to(device, non_blocking=True)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "selective": _keep_products,
+    "offload": _keep_inputs_on_host,
+}
