@@ -223,6 +223,69 @@ def test_a_line_of_ten_megabytes_loses_nothing(path: Path, tokenizer: Any, end: 
     assert store.document(1)[:9].tolist() == ids(tokenizer, line[:1000])[:9]
 
 
+@pytest.mark.parametrize("text", ["a" * 99, "a b " * 60, " " * 99 + "a", "\n", " " * 99, "a\n"])
+@pytest.mark.parametrize("last", ["", "\n", " ", "\nx"])
+def test_lines_in_stretches_are_the_lines(
+    path: Path, tokenizer: Any, text: str, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blank or not, long or short, with a line end or without, at the border of a stretch or not."""
+    path.write_text(f"x y\n{text}\n\n{text}{last}")
+    expected = run(path, without_splitting(tokenizer))
+    monkeypatch.setattr("lowvram.data.pieces.PIECE_CHARACTERS", 10)
+    for characters in (1, 7, 99, 100, 101):
+        monkeypatch.setattr("lowvram.data.text.CHUNK_CHARACTERS", characters)
+        found = tokenize(
+            Source(names=(str(path),)), tokenizer, cache_dir=path.parent / f"cache {characters}"
+        )
+        assert found.sha256 == expected.sha256
+        assert found.report == expected.report
+
+
+def test_no_more_than_a_few_batches_are_held(
+    path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long line and of many short ones: pieces read ahead of those written, at most."""
+    monkeypatch.setattr("lowvram.data.text.CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr("lowvram.data.tokens.BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr("lowvram.data.tokens.BATCH_PIECES", 500)
+    monkeypatch.setattr("lowvram.data.pieces.PIECE_CHARACTERS", 100)
+    held = most = 0
+    tokens = sys.modules["lowvram.data.tokens"]
+    read, add = tokens.read_pieces, tokens.StoreWriter.add
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal held, most
+        for piece in read(*arguments, **options):
+            assert len(piece.text) < 200
+            held += 1
+            most = max(most, held)
+            yield piece
+
+    def added(*arguments: Any) -> None:
+        nonlocal held
+        held -= 1
+        add(*arguments)
+
+    monkeypatch.setattr(tokens, "read_pieces", counted)
+    monkeypatch.setattr(tokens.StoreWriter, "add", added)
+    path.write_text("hello world " * 10_000 + "\n" + "a\n" * 5_000)
+    assert len(run(path, tokenizer)) == 5_001
+    assert held == 0
+    assert most <= (tokens.BATCHES_AHEAD + 1) * 500
+
+
+def test_an_error_of_the_tokenizer_is_not_lost(
+    path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Encoder, texts: list[str]) -> list[list[int]]:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Encoder, "encode", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        run(path, tokenizer)
+    assert list((path.parent / "cache").iterdir()) == []
+
+
 class TestCache:
     def test_the_second_time_it_is_found(self, path: Path, tokenizer: Any) -> None:
         first, second = run(path, tokenizer), run(path, tokenizer)

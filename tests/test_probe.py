@@ -22,7 +22,7 @@ from lowvram.measurement import Measure
 from lowvram.memory import Card, card_of_size, find_card
 from lowvram.plan import Plan, plan
 from lowvram.prediction import Predict, predict, with_budget
-from lowvram.prices import ALL_BLOCKS
+from lowvram.prices import time_of
 from lowvram.probe import ask, epoch_seconds, probe
 from lowvram.recipe import Recipe, load_recipe
 from lowvram.rehearsal import BatchShape
@@ -191,9 +191,9 @@ def test_the_frontier_as_a_table(simulated: Callable[[Cost], None]) -> None:
     assert rows[-1] == ["1024", "on", "13", "3.84 GiB", "0.16 GiB"]
     assert len(rows) == 6
     assert (
-        "recommended: 8 x 4 rows of 1024 tokens, all 12 blocks recomputed (predicted peak 1.59 GiB "
-        "of 4.00 GiB): as many rows as fit or keep a card busy, of those that divide the 32 of a "
-        f"step; the cheapest recomputation that fits, {ALL_BLOCKS:.2f} x the time of none\n"
+        "recommended: 8 x 4 rows of 1024 tokens, 1 of 12 blocks recomputed (predicted peak "
+        "1.59 GiB of 4.00 GiB): as many rows as fit or keep a card busy, of those that divide the "
+        f"32 of a step; the cheapest recomputation that fits, {time_of(1, 12):.2f} x the time of none\n"
     ) in text
     assert "measured" not in text
     assert result.stderr == ""
