@@ -228,7 +228,7 @@ def test_a_line_of_ten_megabytes_loses_nothing(path: Path, tokenizer: Any, end: 
 def test_lines_in_stretches_are_the_lines(
     path: Path, tokenizer: Any, text: str, last: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blank or not, long or short, with a line end or without, at the border of a stretch or not."""
+    """Blank or not, long or short, ended or not, up to the border of a stretch or not."""
     path.write_text(f"x y\n{text}\n\n{text}{last}")
     expected = run(path, without_splitting(tokenizer))
     monkeypatch.setattr("lowvram.data.pieces.PIECE_CHARACTERS", 10)

@@ -193,7 +193,8 @@ def test_the_frontier_as_a_table(simulated: Callable[[Cost], None]) -> None:
     assert (
         "recommended: 8 x 4 rows of 1024 tokens, 1 of 12 blocks recomputed (predicted peak "
         "1.59 GiB of 4.00 GiB): as many rows as fit or keep a card busy, of those that divide the "
-        f"32 of a step; the cheapest recomputation that fits, {time_of(1, 12):.2f} x the time of none\n"
+        "32 of a step; the cheapest recomputation that fits, "
+        f"{time_of(1, 12):.2f} x the time of none\n"
     ) in text
     assert "measured" not in text
     assert result.stderr == ""
