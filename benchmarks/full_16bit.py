@@ -122,6 +122,8 @@ def outcome(seed: int, arguments: argparse.Namespace) -> Outcome:
         seconds[way] = time.perf_counter() - started
         losses[way] = validation_loss(state.model, planned)
     progress("")
+    found = ", ".join(f"{way} {loss:.4f}" for way, loss in losses.items())
+    print(f"seed {seed}: before {base:.4f}, {found}", file=sys.stderr, flush=True)
     return Outcome(seed=seed, base=base, losses=losses, seconds=seconds)
 
 

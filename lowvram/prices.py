@@ -1,8 +1,7 @@
 """What the levers on memory cost in time: a step with one, as a multiple of the step without it.
 
-`benchmarks/levers.py` measures the times, for GPT-2 small with LoRA (full fine-tuning for what only
-that has) on a CPU. None stands for what a CPU cannot tell of a card, such as how fast it reads
-weights of 4 bits.
+The times were measured once, for GPT-2 small with LoRA on a CPU that had other work. None
+stands for what a CPU cannot tell of a card, such as how fast it reads weights of 4 bits.
 """
 
 from __future__ import annotations
