@@ -209,12 +209,15 @@ def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:
         keep_no_inputs(model)
     if recipe.model.fast_dropout and numerics.device.type == "cpu":
         speed_up_dropout(model)
-    if recipe.fit.gradient_checkpointing != "auto":
-        recompute(model, recipe.fit.gradient_checkpointing)
+    trained: nn.Module = model
     if recipe.method.name == "full":
-        return model.requires_grad_(True)
-    wrapped: nn.Module = add_adapter(model, adapter_of(recipe))
-    return wrapped
+        model.requires_grad_(True)
+    else:
+        trained = add_adapter(model, adapter_of(recipe))
+    if recipe.fit.gradient_checkpointing != "auto":
+        # After peft, which would have the embeddings' output require a gradient.
+        recompute(model, recipe.fit.gradient_checkpointing)
+    return trained
 
 
 def adapter_of(recipe: Recipe) -> Adapter:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -32,8 +33,6 @@ Checkpointing = bool | int | Literal["selective", "offload"]
 _NARROW = 128
 """A product over so few numbers costs less than to keep what it gives: LoRA, scores of a head."""
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
-_ADDED = "aten::addmm_"
-"""How folded LoRA adds to a product, which nothing has read before."""
 _KERNELS = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -109,7 +108,7 @@ def _keep_products(function: Callable[..., Any], *args: Any) -> Any:
         *args,
         use_reentrant=False,
         context_fn=lambda: create_selective_checkpoint_contexts(
-            # Its own check refuses any change of what is kept; the policy knows which is sound.
+            # Its own check refuses every change of what is kept; the policy knows which are sound.
             _Policy(),
             allow_cache_entry_mutation=True,
         ),
@@ -117,29 +116,53 @@ def _keep_products(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Policy:
-    """Keeps the outputs of attention and of wide matrix products, in one pass through a block."""
+    """Keeps the outputs of attention and of wide matrix products, in one pass through a block.
+
+    What is added to such a product in place, as folded LoRA and sums of the residual do, is kept
+    with it: computing again then finds the sum where the product was. That is sound as long as
+    nothing has read the product alone.
+    """
 
     def __init__(self) -> None:
         self._kept: set[int] = set()
+        self._read: set[int] = set()
 
     def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op._schema.is_mutable and self._holds(kwargs.get("out", args[0] if args else None)):
-            if op.name() != _ADDED:
+        changed = _storages(_written(op, args, kwargs))
+        if changed & self._kept:
+            if changed & self._read:
                 raise TrainingError(
                     f"fit.gradient_checkpointing: selective: this model changes a product in place "
-                    f"({op.name()}), which cannot be kept; use true, or a number of blocks"
+                    f"({op.name()}) after it has used it; use true, or a number of blocks"
                 )
             return CheckpointPolicy.MUST_SAVE
+        outputs = _storages(context.op_output)
+        # A view has the storage of what it is made of.
+        self._read |= _storages((args, kwargs)) - outputs
         if not _is_expensive(op.name(), args):
             return CheckpointPolicy.PREFER_RECOMPUTE
-        outputs = context.op_output
-        for output in outputs if isinstance(outputs, tuple) else (outputs,):
-            if isinstance(output, torch.Tensor):
-                self._kept.add(output.untyped_storage()._cdata)
+        self._kept |= outputs
+        self._read -= outputs  # of what was there before
         return CheckpointPolicy.MUST_SAVE
 
-    def _holds(self, tensor: Any) -> bool:
-        return isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata in self._kept
+
+def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments that an operator changes."""
+    if not op._schema.is_mutable:
+        return []
+    arguments = op._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+    given |= kwargs
+    return [
+        given.get(argument.name)
+        for argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _storages(values: Any) -> set[int]:
+    leaves = tree_leaves(values)
+    return {x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)}
 
 
 def _is_expensive(name: str, args: tuple[Any, ...]) -> bool:

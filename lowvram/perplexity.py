@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model over documents: `score`, and the metric behind it.
+"""Perplexity of a causal language model over documents.
 
 It knows nothing of recipes, files or tokenizers: documents arrive as token arrays. The protocol:
 each document is scored on its own, window by window, and of its N tokens exactly the N - 1 that
@@ -19,10 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from evaluate import Metric
-
-# evaluate re-exports the first and the last from datasets, whose one home here is the data module.
-from evaluate.info import Features, MetricInfo, Value
 from torch import nn
 
 from lowvram.errors import DataError, ModelError, RecipeError
@@ -73,56 +69,6 @@ class _Row(NamedTuple):
     words: int
 
 
-class Perplexity(Metric):  # type: ignore[misc]  # evaluate ships no types
-    """Corpus perplexity from sums: add_batch() any number of times, then compute() once.
-
-    perplexity = exp(sum of nll_sum / sum of tokens): each token weighs the same, unlike in a mean
-    of perplexities or of batch losses. It needs no model name, network or cache directory, and
-    keeps a row per forward pass, not per token.
-    """
-
-    def __init__(self) -> None:
-        # With a seed given, evaluate leaves numpy's global state out of it.
-        super().__init__(keep_in_memory=True, seed=0)
-
-    def _info(self) -> MetricInfo:
-        kinds = dict.fromkeys(_Row._fields, "int64") | {"nll_sum": "float64"}
-        return MetricInfo(
-            description="Token-weighted corpus perplexity from sums of -ln p.",
-            citation="",
-            inputs_description="nll_sum in nats, and the tokens, documents, bytes and words of it.",
-            features=Features({name: Value(kind) for name, kind in kinds.items()}),
-        )
-
-    def _build_data_dir(self) -> str:
-        return ""  # evaluate would make a directory even when it keeps everything in memory
-
-    def _finalize(self) -> None:
-        if self.writer is None:  # evaluate cannot compute() before the first add_batch()
-            self.add_batch(**{name: [] for name in _Row._fields})
-        super()._finalize()
-
-    def _compute(self, **columns: Sequence[float]) -> dict[str, float | int | None]:
-        nll_sum = math.fsum(columns.pop("nll_sum"))
-        tokens, documents, n_bytes, words = (int(sum(column)) for column in columns.values())
-        if tokens == 0:
-            raise DataError("perplexity: nothing to score, no document has two tokens or more")
-        return {
-            "perplexity": _exp(nll_sum / tokens),
-            "nll_sum": nll_sum,
-            "tokens_scored": tokens,
-            "bits_per_byte": nll_sum / (math.log(2) * n_bytes) if n_bytes else None,
-            "word_perplexity": _exp(nll_sum / words) if words else None,
-            "documents": documents,
-            "bytes": n_bytes,
-            "words": words,
-        }
-
-
-def _exp(x: float) -> float:
-    return math.inf if x > 709 else math.exp(x)  # math.exp raises from 709.8 on
-
-
 def score(
     model: nn.Module,
     documents: Iterable[tuple[IntArray, int, int]],
@@ -156,6 +102,9 @@ def score(
     pass_tokens = max(context_length, pass_tokens_on(device))
     if batch_size is not None:
         pass_tokens = batch_size * context_length
+    # Imported here: `evaluate` brings pandas and pyarrow, 90 MB that training does without.
+    from lowvram.metric import Perplexity
+
     windows = (w for document in documents for w in _windows(*document, context_length, stride))
     metric, scored = Perplexity(), 0
     with torch.no_grad(), evaluating(model), _autocast(device, precision):

@@ -10,16 +10,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_gpt2, make_llama, save
+from fakes import save_without_weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from lowvram.adapters import Adapter, add_adapter
 from lowvram.build import build
-from lowvram.checkpointing import Checkpointing, in_words, recompute
+from lowvram.checkpointing import Checkpointing, block_count, in_words, recompute
 from lowvram.data import Batch
-from lowvram.errors import RecipeError, TrainingError
+from lowvram.errors import ModelError, RecipeError, TrainingError
+from lowvram.memory import card_of_size
+from lowvram.prediction import predict
 from lowvram.recipe import Recipe
+from lowvram.rehearsal import BatchShape
 from lowvram.train import accumulate_gradients
 
 MakeRecipe = Callable[..., Recipe]
@@ -59,8 +63,8 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """Those of one step, and the loss with them."""
     model = make()
-    recompute(model, kind)
     trainee = TRAINED[trained](model).train()
+    recompute(model, kind)
     ids = torch.arange(2 * 40).view(2, 40) % 97
     torch.manual_seed(5)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
@@ -103,8 +107,8 @@ def test_every_kind_gives_the_same_gradients_under_autocast(trained: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*quantization.*")
-@pytest.mark.parametrize("dtype", ["int8", "nf4"])
-def test_every_kind_gives_the_same_gradients_on_a_quantised_base(
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "nf4"])
+def test_every_kind_gives_the_same_gradients_as_a_recipe_builds_it(
     dtype: str, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     base = save(make_gpt2(n_embd=WIDE, n_head=3), tmp_path / "base")
@@ -186,8 +190,8 @@ class Counting(TorchDispatchMode):
 
 def runs_in_backward(make: Callable[[], PreTrainedModel], trained: str, kind: Any) -> Counter[str]:
     model = make()
-    recompute(model, kind)
     trainee = TRAINED[trained](model).train()
+    recompute(model, kind)
     ids = torch.arange(40)[None]
     loss = trainee(input_ids=ids, labels=ids, use_cache=False).loss
     with Counting() as counting:
@@ -213,16 +217,45 @@ def test_selective_computes_no_wide_product_and_no_attention_again() -> None:
     assert selective["aten::native_layer_norm"] == again["aten::native_layer_norm"] == 6
 
 
-class Shy(nn.Module):
-    """An activation that changes its input."""
+@pytest.mark.parametrize(("trained", "narrow"), [("folded LoRA", 0), ("peft's LoRA", 12)])
+def test_selective_keeps_the_products_of_adapted_layers(trained: str, narrow: int) -> None:
+    """Of B (A x), over the 4 numbers of a rank, only peft's own is made again: it is a tensor of
+    its own, where the folded one was added to the base's product."""
+    plain = runs_in_backward(dropping_gpt2, trained, False)
+    selective = runs_in_backward(dropping_gpt2, trained, "selective")
+
+    assert selective["aten::addmm"] == selective["aten::addmm_"] == 0
+    assert selective["aten::mm"] == plain["aten::mm"] + narrow
+
+
+class InPlace(nn.Module):
+    """An activation that changes its input, before or after another use of it."""
+
+    def __init__(self, *, uses_first: bool) -> None:
+        super().__init__()
+        self.uses_first = uses_first
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.relu_()
+        used = x + 1.0 if self.uses_first else 0.0
+        return x.relu_() + used
 
 
-def test_a_product_that_is_changed_in_place_cannot_be_kept() -> None:
+def test_a_product_may_be_changed_in_place_before_it_is_used() -> None:
+    def make() -> PreTrainedModel:
+        model = dropping_gpt2()
+        for block in model.transformer.h:
+            block.mlp.act = InPlace(uses_first=False)
+        return model
+
+    expected = gradients(make, "full", False)
+
+    assert_same(gradients(make, "full", "selective"), expected)
+    assert runs_in_backward(make, "full", "selective")["aten::addmm"] == 0
+
+
+def test_a_product_that_is_changed_after_its_use_cannot_be_kept() -> None:
     model = dropping_gpt2().requires_grad_(True).train()
-    model.transformer.h[1].mlp.act = Shy()
+    model.transformer.h[1].mlp.act = InPlace(uses_first=True)
     recompute(model, "selective")
 
     with pytest.raises(TrainingError) as error:
@@ -230,11 +263,31 @@ def test_a_product_that_is_changed_in_place_cannot_be_kept() -> None:
 
     assert str(error.value) == (
         "fit.gradient_checkpointing: selective: this model changes a product in place "
-        "(aten::relu_), which cannot be kept; use true, or a number of blocks"
+        "(aten::relu_) after it has used it; use true, or a number of blocks"
     )
 
 
 # --- memory, simulated ----------------------------------------------------------------------------
+
+
+def test_simulated_what_each_kind_takes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Offload takes less than recomputing all by the inputs of all blocks but the one at hand."""
+    blocks, rows, tokens, hidden = 4, 64, 256, 256
+    model = save_without_weights(tmp_path / "model", n_layer=blocks, n_embd=hidden)
+    recipe = make_recipe(**{"model.name": str(model), "train.precision": "fp32"})
+
+    def allocated(kind: Checkpointing) -> int:
+        shape = BatchShape(micro_batch_size=rows, seq_len=tokens, gradient_checkpointing=kind)
+        return predict(card_of_size(2**40), recipe, shape).allocated_bytes
+
+    none, one, three = allocated(False), allocated(1), allocated(3)
+    every, selective, offload = allocated(True), allocated("selective"), allocated("offload")
+
+    # Most is taken at the last block, which has its activations then, recomputed or not.
+    assert none > one > three >= every > offload
+    assert none > selective > every
+    an_input = rows * tokens * hidden * 4
+    assert every - offload == pytest.approx((blocks - 1) * an_input, rel=0.01)
 
 
 # --- what cannot be -------------------------------------------------------------------------------
@@ -256,6 +309,12 @@ def test_a_model_whose_blocks_cannot_be_recomputed() -> None:
         "fit.gradient_checkpointing: found 2, but transformers cannot recompute blocks of Rigid; "
         "use false"
     )
+
+
+def test_blocks_are_counted_from_the_configuration() -> None:
+    assert block_count(GPT2Config(n_layer=5)) == 5
+    with pytest.raises(ModelError, match="num_hidden_layers"):
+        block_count(PreTrainedConfig())
 
 
 def test_in_words() -> None:

@@ -15,7 +15,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lowvram.data import FORMATS, Piece, ReadReport, Source, read_pieces, resolve
+from lowvram.data import (
+    FORMATS,
+    Piece,
+    ReadReport,
+    Source,
+    check_names,
+    read_pieces,
+    resolve,
+)
 from lowvram.data.reference import HEADING, MAX_CHARACTERS, reference_documents, reference_topics
 from lowvram.errors import DataError
 
@@ -261,6 +269,21 @@ def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert message("x.txt", separator="") == (
         "data.separator is empty: leave it out, or give the text to split at"
     )
+
+
+def test_names_are_checked_without_reading_or_asking_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "b.zip").write_bytes(b"x")
+    good = [str(tmp_path), str(tmp_path / "a.txt"), str(tmp_path / "*a.txt"), "owner/data", "data"]
+    check_names([*good, "embedded:python-reference"])
+    for bad in ("c.txt", "empty.txt", "b.zip", "*.md"):
+        name = str(tmp_path / bad)
+        with pytest.raises(DataError) as expected:
+            resolve(Source(names=(name,)), ReadReport())
+        with pytest.raises(DataError) as found:
+            check_names(["data", name])
+        assert str(found.value) == str(expected.value)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")

@@ -36,6 +36,7 @@ LAYERS = {
     "loss": 2,
     "inputs": 3,
     "train": 3,
+    "metric": 1,
     "perplexity": 3,
     "generate": 3,
     "checkpoint": 4,
@@ -67,7 +68,7 @@ LAYERS = {
 HOMES = {
     "peft": {"adapters", "folded_lora"},
     "bitsandbytes": {"optimizers", "int8"},
-    "evaluate": {"perplexity"},
+    "evaluate": {"metric"},
     "datasets": {"data"},
     "ruamel": {"recipe"},
     "pydantic": {"recipe"},

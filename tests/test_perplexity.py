@@ -29,7 +29,8 @@ from transformers import (
 
 from lowvram import perplexity
 from lowvram.errors import DataError, ModelError, RecipeError
-from lowvram.perplexity import Perplexity, PerplexityResult, score
+from lowvram.metric import Perplexity
+from lowvram.perplexity import PerplexityResult, score
 
 VOCABULARY = 97
 
