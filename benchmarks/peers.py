@@ -13,6 +13,7 @@ asks the allocator for nothing, so that in a simulation it is left out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -320,7 +321,8 @@ class Peer:
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._said):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a question that nobody has read
+                    file.close()
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:

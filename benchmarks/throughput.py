@@ -270,11 +270,11 @@ class Match:
     def measure_judged(self) -> None:
         """Every repetition anew, in alternating order."""
         for repetition in range(self.repetitions):
-            self.results.products.append(product_rate(self.arena.threads))
             for dropout in DROPOUTS:
                 first = repetition == 0 and dropout == 0.0
                 names = ("lowvram",) if first else JUDGED
                 for name in reversed(names) if repetition % 2 else names:
+                    self.results.products.append(product_rate(self.arena.threads))
                     self.measure(name, dropout)
 
     def measure(self, name: str, dropout: float) -> None:

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from lowvram.dropout import keep_mask, keep_probability
+from lowvram.scratch import scratch
 
 NAME = "lowvram"
 """As transformers knows it."""
@@ -279,7 +280,7 @@ def _blocks(length: int) -> Iterator[slice]:
 def _buffers(count: int, groups: Sequence[Group], heads: int) -> list[torch.Tensor]:
     """Each holds the scores of one block of any group."""
     size = max(g.documents * heads * min(g.length, _QUERIES) * g.length for g in groups)
-    return [torch.empty(size) for _ in range(count)]
+    return scratch(*[(size,)] * count)
 
 
 def _part(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -10,16 +10,17 @@ Shapes: n tokens, d hidden size, m inner size (4 d).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from lowvram.dropout import keep_mask, keep_probability
+from lowvram.scratch import scratch
 
 _ROWS = 512
 
@@ -101,35 +102,49 @@ class _AddMLP(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (n, d)
         inner = rows.new_empty(rows.shape[0], weight_in.shape[1])  # (n, m)
         output = torch.empty_like(rows)
-        normed, mean, deviation = torch.native_layer_norm(rows, rows.shape[1:], *norm)
-        torch.addmm(bias_in, normed, weight_in, out=inner)
-        del normed
-        for part, result in zip(inner.split(_ROWS), output.split(_ROWS), strict=True):
-            torch.addmm(bias_out, F.gelu(part, approximate="tanh"), weight_out, out=result)
+        moments = rows.new_empty(2, rows.shape[0], 1)  # mean, and 1 over the deviation
         mask, keep = None, keep_probability(dropout)
         if keep < 1.0:
             mask = keep_mask(output.shape, dropout)
-            output.mul_(mask).mul_(1.0 / keep)
-        ctx.save_for_backward(rows, mean, deviation, inner, mask, *norm[:2], weight_in, weight_out)
+        for some in _parts(rows):
+            normed, *of_part = torch.native_layer_norm(rows[some], rows.shape[1:], *norm)
+            moments[:, some] = torch.stack(of_part)
+            part = torch.addmm(bias_in, normed, weight_in, out=inner[some])
+            (activated,) = scratch(part.shape)
+            torch.ops.aten.gelu.out(part, approximate="tanh", out=activated)
+            if mask is None:
+                torch.add(rows[some], bias_out, out=output[some]).addmm_(activated, weight_out)
+                continue
+            torch.addmm(bias_out, activated, weight_out, out=output[some])
+            output[some].mul_(mask[some]).mul_(1.0 / keep).add_(rows[some])
+        ctx.save_for_backward(rows, moments, inner, mask, *norm[:2], weight_in, weight_out)
         ctx.keep = keep
-        return output.add_(rows).view(x.shape)
+        return output.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, mean, deviation, inner, mask, scale, shift, weight_in, weight_out = ctx.saved_tensors
+        rows, moments, inner, mask, scale, shift, weight_in, weight_out = ctx.saved_tensors
         grad_rows = gradient.reshape(rows.shape)
         grad_output = grad_rows if mask is None else grad_rows.mul(mask).mul_(1.0 / ctx.keep)
         grad_x = torch.empty_like(rows)
-        gelu_backward = torch.ops.aten.gelu_backward
-        parts = zip(*(x.split(_ROWS) for x in (inner, grad_output, grad_x)), strict=True)
-        for part, grad, result in parts:
-            grad_inner = gelu_backward(grad @ weight_out.T, part, approximate="tanh")
-            torch.mm(grad_inner, weight_in.T, out=result)
+        for some in _parts(rows):
+            part = inner[some]
+            grad_activated, grad_inner = scratch(part.shape, part.shape)
+            torch.mm(grad_output[some], weight_out.T, out=grad_activated)
+            torch.ops.aten.gelu_backward.grad_input(
+                grad_activated, part, approximate="tanh", grad_input=grad_inner
+            )
+            torch.mm(grad_inner, weight_in.T, out=grad_x[some])
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_x, rows, rows.shape[1:], mean, deviation, scale, shift, [True, False, False]
+            grad_x, rows, rows.shape[1:], *moments, scale, shift, [True, False, False]
         )
         return grad_x.add_(grad_rows).view(gradient.shape), None, None, None
+
+
+def _parts(rows: torch.Tensor) -> Iterator[slice]:
+    for start in range(0, rows.shape[0], _ROWS):
+        yield slice(start, min(start + _ROWS, rows.shape[0]))
 
 
 def make_blocks_lean(model: nn.Module) -> int:

@@ -6,7 +6,6 @@ Shapes: b sequences, s tokens each, d hidden size, v vocabulary, n targets in th
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lowvram.memory.measure import SIMULATED
+from lowvram.scratch import scratch
 
 IGNORED = -100
 
@@ -140,8 +140,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = chunk_rows(weight.shape[0], hidden.shape[0])
         buffer = None
-        if hidden.device.type == "cpu":
-            buffer = _buffer(min(rows, hidden.shape[0]), weight.shape[0], hidden.dtype)
+        if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
+            (buffer,) = scratch((min(rows, hidden.shape[0]), weight.shape[0]))
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]  # (r, d)
             target = targets[start : start + rows, None]  # (r, 1)
@@ -179,14 +179,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss can be differentiated once only")
         scaled = [None if grad is None else grad.mul_(grad_output) for grad in gradients]
         return (*scaled, None)
-
-
-@functools.lru_cache(maxsize=1)
-def _buffer(rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
-    """Logits of a chunk (r, v) on the CPU, kept from step to step: it is the largest tensor there
-    is, and what a step leaves free is in pieces.
-    """
-    return torch.empty(rows, vocabulary, dtype=dtype)
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ LAYERS = {
     "frozen_block": 1,
     "int8": 0,
     "rounding": 0,
+    "scratch": 0,
     "tensorwise": 1,
     "known_models": 1,
     "names": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -50,6 +51,20 @@ def test_these_do_not(error: BaseException) -> None:
 def test_sizes_are_in_powers_of_two() -> None:
     assert format_gib(12 * 2**30) == "12.00 GiB"
     assert format_gib(3 * 2**20) == "3.0 MiB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it does not outlive exec")
+def test_the_peak_is_not_that_of_the_program_before() -> None:
+    reads = (
+        "import torch; from lowvram.memory.measure import read_memory; "
+        "print(read_memory(torch.device('cpu')).peak_bytes)"
+    )
+    starts = (
+        f"import os, sys; large = b'x' * 2**30; os.execv(sys.executable, ['p', '-c', {reads!r}])"
+    )
+    command = [sys.executable, "-c", starts]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 2**26 < int(ended.stdout) < 2**30
 
 
 def test_a_cpu_process_has_a_resident_size() -> None:
