@@ -16,20 +16,24 @@ from lowvram.rehearsal import BatchShape
 
 MOST_ROWS = 4096
 """No search goes beyond."""
-_SHORTEST = 256
+_SHORTEST, _LONGEST = 256, 4096
 # Memory that grows in steps, or only from some number of rows on, can keep a line from ever
 # getting close; so after this many tries, each takes half of what is open.
 _BY_LINE = 8
 
 
 def sequence_lengths(context_length: int) -> list[int]:
-    """256, 512, 1024, ... and the model's limit."""
+    """256, 512, 1024, ... and the model's limit, up to 4,096.
+
+    Beyond, each length takes the time of all before it, and few train on such rows on a small card.
+    """
+    longest = min(context_length, _LONGEST)
     lengths = []
     length = _SHORTEST
-    while length < context_length:
+    while length < longest:
         lengths.append(length)
         length *= 2
-    return [*lengths, context_length]
+    return [*lengths, longest]
 
 
 def frontier(

@@ -32,6 +32,8 @@ class Frontier:
 
     card: Card
     rows: Sequence[Prediction]
+    context_length: int
+    """Of the model, in tokens; the rows end at 4,096."""
     chosen: Fit | None
     reason: str
     """Why this shape, or why none."""
@@ -40,6 +42,7 @@ class Frontier:
         return {
             "card": self.card.name,
             "budget_bytes": self.card.budget(),
+            "context_length": self.context_length,
             "frontier": [_fitting(row) for row in self.rows],
             "chosen": None if self.chosen is None else _chosen(self.chosen, self.reason),
         }
@@ -118,8 +121,10 @@ def probe(
         try:
             chosen = remembered(recipe, card, lengths, search) if measure else search()
         except DoesNotFit as error:
-            return Frontier(card=card, rows=rows, chosen=None, reason=str(error))
-    return Frontier(card=card, rows=rows, chosen=chosen, reason=_why(recipe, chosen))
+            chosen, reason = None, str(error)
+        else:
+            reason = _why(recipe, chosen)
+    return Frontier(card=card, rows=rows, context_length=positions, chosen=chosen, reason=reason)
 
 
 def ask(

@@ -134,16 +134,21 @@ def frontier_table(found: Frontier) -> Table:
 
 def frontier_text(found: Frontier) -> str:
     """The recommendation, in a line or two."""
+    longer = ""
+    if found.context_length > max(row.shape.seq_len for row in found.rows):
+        longer = f"\nlonger rows, of up to {found.context_length:,} tokens: ask with --seq-len"
     chosen = found.chosen
     if chosen is None:
-        return f"no shape for this recipe: {found.reason}"
+        return f"no shape for this recipe: {found.reason}{longer}"
     text = (
         f"recommended: {chosen.gradient_accumulation_steps} x {chosen.micro_batch_size} rows of "
         f"{chosen.max_seq_len} tokens, "
         f"{in_words(chosen.gradient_checkpointing, chosen.blocks)} ({chosen.reason}): "
         f"{found.reason}"
     )
-    return text + ("" if chosen.measurement is None else "\n" + _measured_text(chosen.measurement))
+    if chosen.measurement is not None:
+        text += "\n" + _measured_text(chosen.measurement)
+    return text + longer
 
 
 def answer_text(answer: Answer) -> str:

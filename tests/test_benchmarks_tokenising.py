@@ -60,14 +60,14 @@ def test_other_tokens_are_found(
     assert tokenising.speeds(path, tokenizer, 1).startswith("lines: the tokens are not those")
 
 
-def test_a_claim_of_speed_is_about_the_best_runs(tokenising: Any) -> None:
+def test_a_claim_of_speed_is_about_medians(tokenising: Any) -> None:
     seconds = {
-        "tokenizers, encode_batch_fast": [2.0, 1.0],
-        "lowvram, lines": [9.0, 1.1],
-        "lowvram, one document": [1.2, 1.3],
+        "tokenizers, encode_batch_fast": [2.0, 1.0, 1.0],
+        "lowvram, lines": [9.0, 1.1, 1.1],
+        "lowvram, one document": [1.2, 1.0, 1.3],
     }
-    rows, failed = tokenising.speed_rows(seconds, 10_000_000)
-    assert "| lowvram, lines | 5.10 | 1.11 to 9.09 | 0.91 |" in rows
+    rows, failed = tokenising.speed_rows(seconds, 11_000_000)
+    assert "| lowvram, lines | 10.00 | 1.22 to 10.00 | 0.91 |" in rows
     assert failed == ["lowvram, one document: 0.83 of the speed of encode_batch_fast"]
 
 

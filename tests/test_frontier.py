@@ -25,6 +25,8 @@ BUDGET = 12_000 * MIB
         (257, [256, 257]),
         (256, [256]),
         (64, [64]),
+        (4096, [256, 512, 1024, 2048, 4096]),
+        (65_536, [256, 512, 1024, 2048, 4096]),
     ],
 )
 def test_lengths_double_up_to_the_models_limit(limit: int, expected: list[int]) -> None:

@@ -60,7 +60,8 @@ def test_the_peak_is_not_that_of_the_program_before() -> None:
         "print(read_memory(torch.device('cpu')).peak_bytes)"
     )
     starts = (
-        f"import os, sys; large = b'x' * 2**30; os.execv(sys.executable, ['p', '-c', {reads!r}])"
+        "import os, sys; large = b'x' * 2**30; "
+        f"os.execv(sys.executable, [sys.executable, '-c', {reads!r}])"
     )
     command = [sys.executable, "-c", starts]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)

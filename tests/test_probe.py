@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import MIB, Cost, FakeMeasure, FakePredict, forbid, measurement, patch, put_card
+from fakes import (
+    MIB,
+    Cost,
+    FakeMeasure,
+    FakePredict,
+    forbid,
+    measurement,
+    patch,
+    put_card,
+    save_without_weights,
+)
 from rich.console import Console
 from test_cli import error_of, invoke
 
@@ -92,7 +102,8 @@ def test_the_frontier_of_a_tiny_model(
     patch(monkeypatch, "lowvram.frontier", MOST_ROWS=8)
     found = answer(recipe_file, "--vram", "48MiB", "--save-recipe", tmp_path / "saved.yaml")
 
-    assert found.keys() == {"card", "budget_bytes", "frontier", "chosen"}
+    assert found.keys() == {"card", "budget_bytes", "context_length", "frontier", "chosen"}
+    assert found["context_length"] == 64
     assert found["card"] == "0.04688 GiB"
     assert found["budget_bytes"] == 48 * MIB
     assert [row.keys() for row in found["frontier"]] == [FIGURES, FIGURES]
@@ -197,7 +208,20 @@ def test_the_frontier_as_a_table(simulated: Callable[[Cost], None]) -> None:
         f"{time_of(1, 12):.2f} x the time of none\n"
     ) in text
     assert "measured" not in text
+    assert "longer rows" not in text
     assert result.stderr == ""
+
+
+def test_the_frontier_of_a_long_context_ends_early(
+    simulated: Callable[[Cost], None], tmp_path: Path
+) -> None:
+    simulated(cost)
+    model = save_without_weights(tmp_path / "model", n_positions=65_536)
+
+    result = invoke("probe", "gpt2-lora", "--vram", "4GiB", "--set", f"model.name={model}")
+
+    assert len(re.findall("│ +(?:off|on) +│", result.stdout)) == 2 * 5
+    assert "longer rows, of up to 65,536 tokens: ask with --seq-len\n" in result.stdout
 
 
 def test_where_nothing_fits_the_table_and_the_reason_say_so(
