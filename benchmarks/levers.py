@@ -9,8 +9,8 @@ lever over the median without it. On a card that is GPT-2 small in bf16, 8 x 1,0
 On a CPU it is a model of the same width with a third of the blocks and of the vocabulary, in fp32,
 with torch's attention and transformers' blocks as on a card; what counts are the seconds of the
 processor, which other programs disturb less than those of the clock. A dash: a CPU does nothing
-else with that lever. Where the kernels of a card are others (a quantised base, layer norms, an
-optimizer in 8 bits), a CPU's time is no more than that.
+else with that lever, or nothing that can be compared. Where the kernels of a card are others (a
+quantised base, layer norms, an optimizer in 8 bits), a CPU's time is no more than that.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Lever:
     changes: dict[str, Any]
     methods: tuple[str, ...] = ("LoRA", "full")
     on_cpu: bool = True
-    """Whether a CPU does anything else with it than without."""
+    """Whether a CPU does something else with it than without, in the same precision."""
 
     def overrides(self, blocks: int) -> dict[str, Any]:
         return {
@@ -88,7 +88,7 @@ LEVERS = (
     Lever(changes={"model.dtype": "fp32"}, methods=("LoRA",), on_cpu=False),
     Lever(changes={"model.dtype": "int8"}, methods=("LoRA",)),
     Lever(changes={"model.dtype": "nf4"}, methods=("LoRA",)),
-    Lever(changes={"model.dtype": "bf16"}, methods=("full",)),
+    Lever(changes={"model.dtype": "bf16"}, methods=("full",), on_cpu=False),
     Lever(changes={"method.folded": False}, methods=("LoRA",)),
     *(
         Lever(changes={"train.optimizer": name}, methods=("full",))

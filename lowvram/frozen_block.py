@@ -1,4 +1,4 @@
-"""GPT-2's block on a CPU where its MLP is frozen, with as few tensors as it can do with.
+"""GPT-2's block on a CPU where its MLP needs no gradient, with as few tensors as it can do with.
 
 Sums are added to what is there. Between the products of the MLP only the input of the GELU is kept;
 its output, and the gradients of both, are made for a few rows at a time, which stay in a core's
@@ -26,7 +26,9 @@ _ROWS = 512
 
 
 class FrozenBlock(GPT2Block):
-    """transformers' block; with an adapter in the MLP or without gradients it goes its own way."""
+    """transformers' block, which goes its own way if there is more to it: an adapter in the MLP, a
+    cache, weights of the MLP that are trained.
+    """
 
     def forward(  # type: ignore[override]
         self,
@@ -36,7 +38,9 @@ class FrozenBlock(GPT2Block):
         encoder_hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if encoder_hidden_states is not None or not self._is_plain(hidden_states):
+        others = past_key_values is not None or encoder_hidden_states is not None
+        scores = self._only_scores()
+        if others or not (self._is_plain(hidden_states) and (scores or self._is_frozen())):
             output: torch.Tensor = super().forward(
                 hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs
             )
@@ -47,32 +51,53 @@ class FrozenBlock(GPT2Block):
             attention_mask=attention_mask,
             **kwargs,
         )
+        mlp, norm = self.mlp, (self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
+        layers = (mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias)
+        if scores:
+            return _add_mlp(attended.add_(hidden_states), norm, layers)
         middle = _AddInto.apply(attended, hidden_states)  # type: ignore[no-untyped-call]
-        mlp, norm = self.mlp, self.ln_2
-        output = _AddMLP.apply(  # type: ignore[no-untyped-call]
-            middle,
-            (norm.weight, norm.bias, norm.eps),
-            (mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias),
-            mlp.dropout.p,
-        )
+        output = _AddMLP.apply(middle, norm, layers, mlp.dropout.p)  # type: ignore[no-untyped-call]
         return output
+
+    def _only_scores(self) -> bool:
+        """Neither gradients nor dropout."""
+        return not (self.training or torch.is_grad_enabled())
 
     def _is_plain(self, hidden_states: torch.Tensor) -> bool:
         layers = (self.mlp.c_fc, self.mlp.c_proj)
-        if not (self.training and torch.is_grad_enabled() and hidden_states.requires_grad):
-            return False
-        frozen = not any(
-            parameter.requires_grad
-            for module in (self.ln_2, *layers)
-            for parameter in module.parameters()
-        )
         return (
-            frozen
-            and all(type(layer) is Conv1D for layer in layers)
+            all(type(layer) is Conv1D for layer in layers)
             and hidden_states.dtype == layers[0].weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _is_frozen(self) -> bool:
+        """In training, of which the MLP has no part."""
+        modules = (self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and not any(p.requires_grad for module in modules for p in module.parameters())
             and keep_probability(self.mlp.dropout.p) > 0.0
         )
+
+
+def _add_mlp(
+    x: torch.Tensor,  # (..., d)
+    norm: tuple[torch.Tensor, torch.Tensor, float],  # (d,), (d,), epsilon
+    layers: tuple[torch.Tensor, ...],  # (d, m), (m,), (m, d), (d,)
+) -> torch.Tensor:
+    """x + MLP(layer norm(x)), in the memory of x."""
+    weight_in, bias_in, weight_out, bias_out = layers
+    rows = x.view(-1, x.shape[-1])  # (n, d)
+    for some in _parts(rows):
+        part = rows[some]
+        normed = torch.layer_norm(part, part.shape[1:], *norm)
+        inner, activated = scratch(*[(part.shape[0], weight_in.shape[1])] * 2)
+        torch.addmm(bias_in, normed, weight_in, out=inner)
+        torch.ops.aten.gelu.out(inner, approximate="tanh", out=activated)
+        part.add_(bias_out).addmm_(activated, weight_out)
+    return x
 
 
 class _AddInto(torch.autograd.Function):

@@ -17,6 +17,7 @@ from lowvram.adapters import is_adapter, load_adapter, plain_model
 from lowvram.data import Source, tokenize
 from lowvram.display import Display
 from lowvram.errors import RecipeError
+from lowvram.frozen_block import make_blocks_lean
 from lowvram.generate import Continuation, Sampling, generate, stream
 from lowvram.heap import keep_freed_memory
 from lowvram.merge import check_base
@@ -45,14 +46,20 @@ def load(name: str, *, base: str | None = None) -> tuple[nn.Module, PreTrainedTo
         base_name, revision = check_base(path, base)
         tokenizer = load_tokenizer(base_name, revision)
         model = load_model(base_name, revision=revision, attention="auto", device=device)
-        fuse_gelu(model)
+        _make_lean(model, device)
         return load_adapter(model, path).eval(), tokenizer
     if base is not None:
         raise RecipeError(f"--base: {name!r} is no adapter, so it has no base")
     found = str(path) if path.is_dir() else name
     model = load_model(found, attention="auto", device=device)
-    fuse_gelu(model)
+    _make_lean(model, device)
     return model, load_tokenizer(found)
+
+
+def _make_lean(model: nn.Module, device: str) -> None:
+    fuse_gelu(model)
+    if device == "cpu":
+        make_blocks_lean(model)
 
 
 def evaluate_files(

@@ -1,7 +1,8 @@
 """What the levers on memory cost in time: a step with one, as a multiple of the step without it.
 
-The times were measured once, for GPT-2 small with LoRA on a CPU that had other work. None
-stands for what a CPU cannot tell of a card, such as how fast it reads weights of 4 bits.
+The times are those of `benchmarks/levers.py` for LoRA, on a CPU; in full fine-tuning, whose
+backward pass is longer, they are 1.19 and 1.08. None stands for what a CPU cannot tell of a card,
+such as how fast it reads weights of 4 bits.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Price:
         return self.words if self.time is None else f"{self.words}; {self.time:.2f} x the time"
 
 
-ALL_BLOCKS = 1.31
-SELECTIVE = 1.08
+ALL_BLOCKS = 1.43
+SELECTIVE = 1.15
 # Modelled, not measured: of 4 x 768 bytes for each token and block, there and back at 20 GB/s
 # (PCIe 4.0 x16, pinned memory), and 72 x 768**2 operations at 40 TFLOPS, in turn.
 OFFLOAD = ALL_BLOCKS + 0.15

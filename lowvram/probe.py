@@ -118,10 +118,11 @@ def probe(
             measure=measure,
         )
         lengths = (positions, positions)
+        chosen: Fit | None = None
         try:
             chosen = remembered(recipe, card, lengths, search) if measure else search()
         except DoesNotFit as error:
-            chosen, reason = None, str(error)
+            reason = str(error)
         else:
             reason = _why(recipe, chosen)
     return Frontier(card=card, rows=rows, context_length=positions, chosen=chosen, reason=reason)

@@ -103,3 +103,33 @@ def test_evaluation_and_generation_are_transformers() -> None:
 def test_the_recipe_decides(make_recipe: Any, fused: bool) -> None:
     model = build(make_recipe(**{"model.fused_gelu": fused}), total_steps=1).model
     assert any(isinstance(module, FrozenBlock) for module in model.modules()) is fused
+
+
+@pytest.mark.parametrize("rows", [1, 10, 512])
+def test_without_gradients_the_logits_are_transformers(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(frozen_block, "_ROWS", rows)
+    used = []
+    real = frozen_block._add_mlp
+    monkeypatch.setattr(
+        frozen_block, "_add_mlp", lambda *arguments: used.append(1) or real(*arguments)
+    )
+    lean, plain = make(True, dropout=0.3).eval(), make(False, dropout=0.3).eval()
+
+    with torch.no_grad():
+        found, expected = lean(IDS, use_cache=False), plain(IDS, use_cache=False)
+        hidden = lean(IDS, use_cache=False, output_hidden_states=True).hidden_states
+        others = plain(IDS, use_cache=False, output_hidden_states=True).hidden_states
+
+    assert len(used) == 2 * 2
+    for one, other in zip((found.logits, *hidden), (expected.logits, *others), strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_with_a_cache_it_is_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_block, "_add_mlp", None)
+    lean, plain = make(True).eval(), make(False).eval()
+
+    with torch.no_grad():
+        assert torch.equal(lean(IDS).logits, plain(IDS).logits)
