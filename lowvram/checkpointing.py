@@ -4,6 +4,9 @@ A block that is recomputed keeps its input until the backward pass, and nothing 
 those are and what they keep does not change what is computed: random numbers are drawn again from
 the states that they were drawn from.
 
+"Products and attention", which `selective` keeps, are torch's. Our own kernels for the CPU, which
+write into memory that is there, it computes again like all the rest.
+
 Shapes: b rows of s tokens, hidden size d.
 """
 
@@ -139,7 +142,7 @@ class _Policy:
         outputs = _storages(context.op_output)
         # A view has the storage of what it is made of.
         self._read |= _storages((args, kwargs)) - outputs
-        if not _is_expensive(op.name(), args):
+        if not _is_expensive(op.name(), args) or _draws(op, args, kwargs):
             return CheckpointPolicy.PREFER_RECOMPUTE
         self._kept |= outputs
         self._read -= outputs  # of what was there before
@@ -150,12 +153,10 @@ def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any
     """Arguments that an operator changes."""
     if not op._schema.is_mutable:
         return []
-    arguments = op._schema.arguments
-    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-    given |= kwargs
+    given = _given(op, args, kwargs)
     return [
         given.get(argument.name)
-        for argument in arguments
+        for argument in op._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
 
@@ -169,6 +170,21 @@ def _is_expensive(name: str, args: tuple[Any, ...]) -> bool:
     if name in _PRODUCTS:
         return bool(args[-2].shape[-1] > _NARROW)
     return name in _KERNELS
+
+
+def _draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a kernel of attention draws random numbers, for its dropout.
+
+    Were its output kept, it would not draw them again, and every dropout after it would get others.
+    """
+    return bool(_given(op, args, kwargs).get("dropout_p", 0.0))
+
+
+def _given(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name."""
+    arguments = op._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+    return given | kwargs
 
 
 def _keep_inputs_on_host(function: Callable[..., Any], *args: Any) -> Any:

@@ -162,10 +162,10 @@ def _options(recipe: Recipe, seq_len: int, blocks: int, at: Fits) -> Iterator[Ba
     yield from shapes[:least_useful]
     for shape in shapes[least_useful:]:
         yield shape
-        yield from _recomputing(shape, blocks, at)
+        yield from recomputing(shape, blocks, recipe.method.name, at)
 
 
-def _recomputing(shape: BatchShape, blocks: int, at: Fits) -> Iterator[BatchShape]:
+def recomputing(shape: BatchShape, blocks: int, method: str, at: Fits) -> Iterator[BatchShape]:
     """The same rows, with some recomputation, by what it costs.
 
     Two simulations where not even recomputing all helps, else four to seven for most models.
@@ -179,15 +179,12 @@ def _recomputing(shape: BatchShape, blocks: int, at: Fits) -> Iterator[BatchShap
 
         kept, _ = most(lambda kept: at(keeping(kept)), 0, blocks, near=blocks)
         some, selective = keeping(kept), replace(shape, gradient_checkpointing="selective")
-        if _time(selective, blocks) < _time(some, blocks) and at(selective).fits:
+        times = [time_of(x.gradient_checkpointing, blocks, method) for x in (selective, some)]
+        if times[0] < times[1] and at(selective).fits:
             yield selective
         yield some
     yield every
     yield replace(shape, gradient_checkpointing="offload")
-
-
-def _time(shape: BatchShape, blocks: int) -> float:
-    return time_of(shape.gradient_checkpointing, blocks)
 
 
 def _rows(recipe: Recipe) -> list[int]:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from lowvram.dropout import keep_mask, keep_probability
+from lowvram.dropout import FastDropout, keep_mask, keep_probability
 from lowvram.scratch import scratch
 
 _ROWS = 512
@@ -66,7 +66,8 @@ class FrozenBlock(GPT2Block):
     def _is_plain(self, hidden_states: torch.Tensor) -> bool:
         layers = (self.mlp.c_fc, self.mlp.c_proj)
         return (
-            all(type(layer) is Conv1D for layer in layers)
+            hidden_states.device.type == "cpu"
+            and all(type(layer) is Conv1D for layer in layers)
             and hidden_states.dtype == layers[0].weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
         )
@@ -78,8 +79,13 @@ class FrozenBlock(GPT2Block):
             self.training
             and torch.is_grad_enabled()
             and not any(p.requires_grad for module in modules for p in module.parameters())
-            and keep_probability(self.mlp.dropout.p) > 0.0
+            and self._has_fast_dropout()
         )
+
+    def _has_fast_dropout(self) -> bool:
+        dropout = self.mlp.dropout
+        fast = isinstance(dropout, FastDropout) and keep_probability(dropout.p) > 0.0
+        return fast or dropout.p == 0.0
 
 
 def _add_mlp(

@@ -55,7 +55,7 @@ def levers(recipe: Recipe, predict: Predict, now: Prediction) -> list[Lever]:
             found.append(
                 Lever(
                     change=", ".join(texts),
-                    price=_price(texts[0], shape, blocks),
+                    price=_price(texts[0], shape, blocks, recipe.method.name),
                     saved_bytes=saved,
                     prediction=prediction,
                 )
@@ -63,10 +63,10 @@ def levers(recipe: Recipe, predict: Predict, now: Prediction) -> list[Lever]:
     return sorted(found, key=lambda lever: -lever.saved_bytes)
 
 
-def _price(change: str, shape: BatchShape, blocks: int) -> Price:
+def _price(change: str, shape: BatchShape, blocks: int, method: str) -> Price:
     key, _, _ = change.partition("=")
     if key == _RECOMPUTED:
-        return of_recomputation(shape.gradient_checkpointing, blocks)
+        return of_recomputation(shape.gradient_checkpointing, blocks, method)
     return PRICES[change] if change in PRICES else PRICES[key]
 
 

@@ -1,7 +1,7 @@
 """What the levers on memory cost in time: a step with one, as a multiple of the step without it.
 
-The times are those of `benchmarks/levers.py` for LoRA, on a CPU; in full fine-tuning, whose
-backward pass is longer, they are 1.19 and 1.08. None stands for what a CPU cannot tell of a card,
+The times are those of `benchmarks/levers.py`, on a CPU; in full fine-tuning, the backward pass is
+longer, and a second forward pass a smaller part. None stands for what a CPU cannot tell of a card,
 such as how fast it reads weights of 4 bits.
 """
 
@@ -22,30 +22,31 @@ class Price:
         return self.words if self.time is None else f"{self.words}; {self.time:.2f} x the time"
 
 
-ALL_BLOCKS = 1.43
-SELECTIVE = 1.15
+ALL_BLOCKS = {"adapter": 1.43, "full": 1.19}
+SELECTIVE = {"adapter": 1.15, "full": 1.08}
 # Modelled, not measured: of 4 x 768 bytes for each token and block, there and back at 20 GB/s
 # (PCIe 4.0 x16, pinned memory), and 72 x 768**2 operations at 40 TFLOPS, in turn.
-OFFLOAD = ALL_BLOCKS + 0.15
+_COPIES = 0.15
 
 
-def time_of(kind: Checkpointing, blocks: int) -> float:
-    """Of recomputing some of a model's blocks, or all in some way."""
+def time_of(kind: Checkpointing, blocks: int, method: str) -> float:
+    """Of recomputing some of a model's blocks, or all in some way; `method` is a recipe's."""
+    trained = "full" if method == "full" else "adapter"
     if kind == "selective":
-        return SELECTIVE
+        return SELECTIVE[trained]
     if kind == "offload":
-        return OFFLOAD
+        return ALL_BLOCKS[trained] + _COPIES
     share = float(kind) if isinstance(kind, bool) else kind / blocks
-    return 1.0 + share * (ALL_BLOCKS - 1.0)
+    return 1.0 + share * (ALL_BLOCKS[trained] - 1.0)
 
 
-def of_recomputation(kind: Checkpointing, blocks: int) -> Price:
+def of_recomputation(kind: Checkpointing, blocks: int, method: str) -> Price:
     words = {
         "selective": "computes all but products and attention again",
         "offload": "computes every block again, whose input waits in host memory",
     }
     again = words[kind] if isinstance(kind, str) else "a second forward pass of these blocks"
-    return Price(words=again, time=time_of(kind, blocks))
+    return Price(words=again, time=time_of(kind, blocks, method))
 
 
 PRICES = {

@@ -10,7 +10,7 @@ from typing import Any
 from lowvram.build import build_corpus, build_tokenizer
 from lowvram.checkpointing import block_count, check_blocks
 from lowvram.errors import DoesNotFit, LowVRAMError, RecipeError
-from lowvram.fit import Fit, choose_seq_len, fit, said
+from lowvram.fit import Fit, choose_seq_len, fit, recomputing, said
 from lowvram.fit_cache import remembered
 from lowvram.frontier import MOST_ROWS, frontier, sequence_lengths
 from lowvram.levers import Lever, levers
@@ -18,7 +18,7 @@ from lowvram.measurement import Measure, Measurement, accepted, smaller
 from lowvram.memory import Card
 from lowvram.model import context_length, known_config
 from lowvram.prediction import Prediction, predictor
-from lowvram.prices import ALL_BLOCKS, time_of
+from lowvram.prices import time_of
 from lowvram.recipe import Recipe
 from lowvram.rehearsal import BatchShape
 from lowvram.target import limited
@@ -136,19 +136,22 @@ def ask(
     micro_batch_size: int | None,
     measure: Measure | None = None,
 ) -> Answer:
-    """One shape; what is not given is the recipe's, or chosen for the card."""
+    """One shape. What is not given is the recipe's: where that says auto, the whole global batch,
+    the longest rows and the cheapest recomputation that fits.
+    """
     card = limited(card, recipe)
     positions = _positions(recipe)
+    blocks = block_count(known_config(recipe.model.name, recipe.model.revision))
     with predictor(card) as predict:
         shape = _asked(recipe, positions, seq_len, micro_batch_size)
         prediction = predict(recipe, shape)
         if recipe.fit.gradient_checkpointing == "auto" and not prediction.fits:
-            shape = BatchShape(
-                micro_batch_size=shape.micro_batch_size,
-                seq_len=shape.seq_len,
-                gradient_checkpointing=True,
-            )
-            prediction = predict(recipe, shape)
+            at = partial(predict, recipe)
+            for other in recomputing(shape, blocks, recipe.method.name, at):
+                prediction = at(other)
+                if prediction.fits:
+                    break
+        shape = prediction.shape
         found = levers(recipe, predict, prediction)
     measured, refused = None, None
     if measure is not None and prediction.fits:
@@ -160,7 +163,7 @@ def ask(
         levers=found,
         measurement=measured,
         refused=refused,
-        blocks=block_count(known_config(recipe.model.name, recipe.model.revision)),
+        blocks=blocks,
     )
 
 
@@ -213,7 +216,7 @@ def _why(recipe: Recipe, chosen: Fit) -> str:
         rows = f"as many rows as fit or keep a card busy, of those that divide the {size} of a step"
     if recipe.fit.gradient_checkpointing != "auto":
         return f"{rows}; recomputation as the recipe says"
-    time = time_of(kind, chosen.blocks)
+    time = time_of(True if kind is False else kind, chosen.blocks, recipe.method.name)
     if kind is False:
-        return f"{rows}; recomputing all blocks would take {ALL_BLOCKS:.2f} x the time"
+        return f"{rows}; recomputing all blocks would take {time:.2f} x the time"
     return f"{rows}; the cheapest recomputation that fits, {time:.2f} x the time of none"

@@ -23,7 +23,9 @@ def scratch(*shapes: Sequence[int]) -> list[torch.Tensor]:
     memory: torch.Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < sum(sizes):
         _kept.memory = None  # before more is taken
-        memory = _kept.memory = torch.empty(sum(sizes))
+        with torch.inference_mode(False):  # whose tensors no training could use afterwards
+            memory = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
+        _kept.memory = memory
     parts = memory[: sum(sizes)].split(sizes)
     return [
         part[: torch.Size(shape).numel()].view(*shape)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
 
+from lowvram import checkpointing
 from lowvram.adapters import Adapter, add_adapter
 from lowvram.build import build
 from lowvram.checkpointing import Checkpointing, block_count, in_words, recompute
@@ -265,6 +266,51 @@ def test_a_product_that_is_changed_after_its_use_cannot_be_kept() -> None:
         "fit.gradient_checkpointing: selective: this model changes a product in place "
         "(aten::relu_) after it has used it; use true, or a number of blocks"
     )
+
+
+@torch.library.custom_op("lowvram_test::attention", mutates_args=())
+def drawing_attention(x: torch.Tensor, dropout_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws inside, as the kernels of a card do."""
+    mask = torch.rand_like(x) >= dropout_p if dropout_p else torch.ones_like(x, dtype=torch.bool)
+    return x * mask / (1.0 - dropout_p), mask
+
+
+drawing_attention.register_autograd(
+    lambda ctx, gradient, _: (gradient * ctx.saved_tensors[0] / (1.0 - ctx.dropout), None),
+    setup_context=lambda ctx, inputs, output: (
+        ctx.save_for_backward(output[1]),
+        setattr(ctx, "dropout", inputs[1]),
+    )[0],
+)
+
+
+@pytest.mark.parametrize(("dropout", "runs"), [(0.0, 0), (0.5, 1)])
+def test_an_attention_that_draws_is_computed_again(
+    dropout: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the dropouts after it would draw other numbers than in the forward pass."""
+    name = "lowvram_test::attention"
+    monkeypatch.setattr(checkpointing, "_KERNELS", checkpointing._KERNELS | {name})
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        attended = drawing_attention(x @ weight, dropout)[0]
+        return nn.functional.dropout(attended.tanh(), 0.3)
+
+    def gradient(selective: bool) -> tuple[torch.Tensor | None, int]:
+        weight.grad = None
+        torch.manual_seed(1)
+        x = torch.linspace(-1, 1, 64).view(8, 8).requires_grad_()
+        made = checkpointing._keep_products(block, x) if selective else block(x)
+        with Counting() as counting:
+            made.square().sum().backward()
+        return weight.grad, counting.runs[name]
+
+    expected, _ = gradient(False)
+    found, again = gradient(True)
+
+    assert torch.equal(found, expected)
+    assert again == runs
 
 
 # --- memory, simulated ----------------------------------------------------------------------------

@@ -155,8 +155,8 @@ def budget(mib: int) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _prices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block recomputed costs 0.03; selective costs as much as more than three."""
-    monkeypatch.setattr("lowvram.prices.ALL_BLOCKS", 1.3)
-    monkeypatch.setattr("lowvram.prices.SELECTIVE", 1.1)
+    monkeypatch.setattr("lowvram.prices.ALL_BLOCKS", {"adapter": 1.3, "full": 1.3})
+    monkeypatch.setattr("lowvram.prices.SELECTIVE", {"adapter": 1.1, "full": 1.1})
 
 
 @pytest.mark.parametrize(

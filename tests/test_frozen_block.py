@@ -133,3 +133,18 @@ def test_with_a_cache_it_is_transformers_own(monkeypatch: pytest.MonkeyPatch) ->
 
     with torch.no_grad():
         assert torch.equal(lean(IDS).logits, plain(IDS).logits)
+
+
+def test_without_fast_dropout_the_mask_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(lean: bool) -> Any:
+        model = make_gpt2(resid_pdrop=0.3)
+        fuse_gelu(model)
+        if lean:
+            make_blocks_lean(model)
+        return add_adapter(model, Adapter(rank=4, target_modules=("c_attn",))).train()
+
+    monkeypatch.setattr(frozen_block, "keep_mask", None)
+    torch.manual_seed(0)
+    found = made(True)(IDS).logits
+    torch.manual_seed(0)
+    assert torch.equal(found, made(False)(IDS).logits)

@@ -130,21 +130,23 @@ def test_more_can_be_recomputed_until_all_is(
     for kind in more:
         lever = found[key + kind]
         wanted = dict([parse_set(lever.change)])["fit.gradient_checkpointing"]
-        assert lever.price == of_recomputation(wanted, blocks=2)
+        assert lever.price == of_recomputation(wanted, blocks=2, method="lora")
         assert lever.price.time is not None
         assert str(lever.price).endswith(f"; {lever.price.time:.2f} x the time")
         recipe = with_overrides(make_recipe(), dict([parse_set(lever.change)]))
         assert repr(recipe.fit.gradient_checkpointing) == repr(wanted)
 
 
-def test_more_recomputation_takes_more_time() -> None:
-    times = [time_of(kind, 12) for kind in (False, 1, 6, True, "offload")]
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_more_recomputation_takes_more_time(method: str) -> None:
+    times = [time_of(kind, 12, method) for kind in (False, 1, 6, True, "offload")]
 
     assert times == sorted(times)
     assert times[0] == 1.0
-    assert time_of(12, 12) == time_of(True, 12)
-    assert times[2] == pytest.approx((1 + time_of(True, 12)) / 2)
-    assert 1.0 < time_of("selective", 12) < time_of(True, 12)
+    assert time_of(12, 12, method) == time_of(True, 12, method)
+    assert times[2] == pytest.approx((1 + time_of(True, 12, method)) / 2)
+    assert 1.0 < time_of("selective", 12, method) < time_of(True, 12, method)
+    assert time_of(True, 12, "full") < time_of(True, 12, "dora") == time_of(True, 12, "lora")
 
 
 def test_a_full_run_can_become_one_of_an_adapter(make_recipe: MakeRecipe) -> None:

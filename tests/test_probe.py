@@ -205,7 +205,7 @@ def test_the_frontier_as_a_table(simulated: Callable[[Cost], None]) -> None:
         "recommended: 8 x 4 rows of 1024 tokens, 1 of 12 blocks recomputed (predicted peak "
         "1.59 GiB of 4.00 GiB): as many rows as fit or keep a card busy, of those that divide the "
         "32 of a step; the cheapest recomputation that fits, "
-        f"{time_of(1, 12):.2f} x the time of none\n"
+        f"{time_of(1, 12, 'lora'):.2f} x the time of none\n"
     ) in text
     assert "measured" not in text
     assert "longer rows" not in text
@@ -258,13 +258,16 @@ def test_one_shape_as_text(simulated: Callable[[Cost], None]) -> None:
         "12.00 GiB, 3.41 GiB to spare\n"
     )
     assert not_so.startswith(
-        "16 x 512 tokens, all 12 blocks recomputed, on 2 GiB: does not fit. Predicted peak "
+        "16 x 512 tokens, all 12 blocks recomputed, their inputs in host memory, on 2 GiB: does "
+        "not fit. Predicted peak "
         "2.59 GiB of 2.00 GiB, 0.59 GiB too much\n"
     )
     less = answer("gpt2-lora", "--vram", "2GiB", *shape)
     assert less["fits"] is False
     assert less["headroom_bytes"] == (2048 - 600 - 2048) * MIB
-    assert less["gradient_checkpointing"] is True
+    assert less["gradient_checkpointing"] == "offload"
+    other = answer("gpt2-lora", "--vram", "8GiB", *shape)
+    assert (other["fits"], other["gradient_checkpointing"]) == (True, True)  # as a run would take
     for change in ("fit.gradient_checkpointing=true", "fit.max_seq_len=256", "micro_batch_size=8"):
         assert change in fits
     assert "4.00 GiB │ fit.micro_batch_size=8" in fits

@@ -71,3 +71,11 @@ def test_slices_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     found = rounded(source).float()
     toward_zero, away = neighbours(source)
     assert ((found == toward_zero) | (found == away)).all()
+
+
+def test_numbers_beyond_the_largest_of_bf16_become_that() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    source = torch.full((1000,), 3.396e38)
+    assert largest < source[0] < torch.inf
+    assert (rounded(source).float() == largest).all()
+    assert (rounded(-source).float() == -largest).all()

@@ -40,3 +40,21 @@ def test_every_thread_has_its_own() -> None:
     thread.join()
     elsewhere = span(found[0])
     assert elsewhere.stop <= span(here).start or span(here).stop <= elsewhere.start
+
+
+def test_neither_inference_mode_nor_another_default_dtype_gets_into_it() -> None:
+    found: list[torch.Tensor] = []
+
+    def ask() -> None:  # in a thread that has no scratch memory yet
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.inference_mode():
+                found.extend(scratch((8,)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found[0].dtype == torch.float32
+    assert not found[0].is_inference()
