@@ -245,30 +245,35 @@ def line(figures: Figures) -> str:
 
 
 def draw(found: Sequence[Figures], path: Path, card: str, where: str) -> None:
-    """What is saved against what it costs, of what does save and was timed."""
+    """For each method a row of two charts: what a lever saves, and what it costs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for method, color in zip(METHODS, ("tab:blue", "tab:orange"), strict=True):
-        rows = [one for one in found if one.method == method and one.time is not None]
-        axes.scatter(
-            [(one.time or 0.0) for one in rows],
-            [one.saved_bytes / 2**30 for one in rows],
-            color=color,
-            label=method,
+    figure, axes = pyplot.subplots(
+        len(METHODS), 2, figsize=(11, 9), layout="constrained", sharex="col", sharey="row"
+    )
+    for method, (saved, cost) in zip(METHODS, axes, strict=True):
+        rows = [one for one in reversed(found) if one.method == method and one.saved_bytes]
+        names = [one.lever for one in rows]
+        saved.barh(names, [one.saved_bytes / 2**30 for one in rows], color="tab:blue")
+        timed = [one for one in rows if one.time is not None]
+        lows, highs = ([one.spread[end] for one in timed] for end in (0, 1))
+        cost.hlines([one.lever for one in timed], lows, highs, color="tab:gray")
+        cost.plot(
+            [one.time for one in timed], [one.lever for one in timed], "o", color="tab:orange"
         )
-        for one in rows:
-            axes.annotate(
-                one.lever, ((one.time or 0.0), one.saved_bytes / 2**30), fontsize=7, rotation=12
-            )
-    axes.set_xlabel(f"time of a step, as a multiple of that of none ({where})")
-    axes.set_ylabel(f"GiB saved ({card}, simulated)")
-    axes.set_title(f"Levers, GPT-2 small, {ROWS} x {TOKENS:,} tokens")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+        for axis in (saved, cost):
+            axis.spines[["top", "right"]].set_visible(False)
+        saved.axvline(0.0, color="black", linewidth=0.8)
+        cost.axvline(1.0, color="black", linewidth=0.8)
+        saved.set_title(method, loc="left")
+    axes[-1][0].set_xlabel(f"GiB saved at the peak ({card}, simulated)")
+    axes[-1][1].set_xlabel(f"time of a step, as a multiple ({where}); median and spread")
+    figure.suptitle(f"Levers on memory, GPT-2 small, {ROWS} x {TOKENS:,} tokens")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

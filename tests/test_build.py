@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2LMHeadModel
 
 import lowvram.run  # noqa: F401 - its module is patched below
 from lowvram.build import build, choose_device, choose_numerics
+from lowvram.data import Batch
 from lowvram.display import Display
 from lowvram.errors import DataError, ModelError, RecipeError
 from lowvram.plan import plan
 from lowvram.recipe import load_recipe, recipe_sha256
+from lowvram.train import accumulate_gradients
 
 
 def test_a_plan_pins_the_shape_and_build_reads_it(make_recipe: Any) -> None:
@@ -81,3 +86,58 @@ def test_the_hash_of_a_plan_is_that_of_its_file(make_recipe: Any, tmp_path: Any)
     (tmp_path / "pinned.yaml").write_text(dump_recipe(planned.recipe), encoding="utf-8")
     found = load_recipe(str(tmp_path / "pinned.yaml"))
     assert recipe_sha256(found) == recipe_sha256(planned.recipe)
+
+
+def test_with_every_lean_part_off_a_step_is_that_of_transformers_and_peft(
+    dropout_gpt2_dir: Path, make_recipe: Any
+) -> None:
+    """To the bit, dropout and its random numbers included."""
+    recipe = make_recipe(
+        **{
+            "model.name": str(dropout_gpt2_dir),
+            "model.attention": "sdpa",
+            "model.fast_dropout": False,
+            "model.fused_gelu": False,
+            "model.lean_norms": False,
+            "method.rank": 4,
+            "method.alpha": 8,
+            "method.dropout": 0.1,
+            "method.folded": False,
+            "method.target_modules": ["c_attn", "c_proj"],
+            "train.chunked_loss": False,
+            "train.precision": "fp32",
+        }
+    )
+    state = build(recipe, total_steps=1)
+    plain = GPT2LMHeadModel.from_pretrained(dropout_gpt2_dir, attn_implementation="sdpa")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=0.1,
+        target_modules=["c_attn", "c_proj"],
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    theirs = get_peft_model(plain, config).train()
+    ours = state.model.train()
+    for (_, one), (_, other) in zip(trained(ours), trained(theirs), strict=True):
+        torch.nn.init.normal_(one, std=0.1)
+        other.data.copy_(one.data)
+    ids = torch.arange(2 * 40).view(2, 40) % 97
+    batch = Batch(input_ids=ids, labels=ids, position_ids=None, target_tokens=78, tokens=80)
+
+    torch.manual_seed(5)
+    loss = accumulate_gradients(state, [batch], 78)
+    torch.manual_seed(5)
+    expected = theirs(input_ids=ids, labels=ids, num_items_in_batch=1, use_cache=False).loss / 78
+    expected.backward()
+
+    assert loss == expected.item()
+    for (name, one), (_, other) in zip(trained(ours), trained(theirs), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad), name
+
+
+def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
