@@ -12,8 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from lowvram.adapters import (
     merging_in_turn,
     recorded_base,
 )
-from lowvram.errors import CheckpointError, LowVRAMError, ModelError, ProofError
+from lowvram.errors import CheckpointError, ModelError, ProofError
 from lowvram.memory.measure import format_gib
 from lowvram.model import (
     context_length,
@@ -84,28 +83,26 @@ def merge(
     above = next(path for path in output.absolute().parents if path.exists())
     if not above.is_dir():
         raise CheckpointError(f"{output}: cannot be written: {above} is no directory")
-    name, revision = _base_of(adapter, base)
-    with _checking_weights(adapter, name, revision) as check_weights:
-        tokenizer = load_tokenizer(name, revision)
-        model = load_model(name, revision=revision, dtype="fp32")
-        limit = context_length(model.config)
-        text = tokenizer(PROOF_TEXT, verbose=False)["input_ids"]
-        rows = [row[:limit] for row in proof_tokens or [text]]
-        layout = layout_of(model, dtype)
-        live = load_adapter(model, adapter)
-        exam = _Exam(output=output, rows=rows, expected=logits_of(live, rows))
-        difference = 0.0
-        if dtype != "fp32":  # the file adds its rounding, so what merging adds is told apart
-            with merging_in_turn(live):
-                difference = exam.difference(live)
-            exam.check(difference, "merged logits differ from base and adapter")
-        check_weights()  # before anything is written
-        with _new_directory(output, layout) as directory:
-            tensors = merged_tensors(live, layout)
-            save_plain(model, tokenizer, directory, layout=layout, tensors=tensors)
-            del model, live, tensors
-            gc.collect()  # the base and its adapter refer to each other
-            return _prove(exam, directory, layout, dtype, difference)
+    name, revision = check_base(adapter, base)
+    tokenizer = load_tokenizer(name, revision)
+    model = load_model(name, revision=revision, dtype="fp32")
+    limit = context_length(model.config)
+    text = tokenizer(PROOF_TEXT, verbose=False)["input_ids"]
+    rows = [row[:limit] for row in proof_tokens or [text]]
+    layout = layout_of(model, dtype)
+    live = load_adapter(model, adapter)
+    exam = _Exam(output=output, rows=rows, expected=logits_of(live, rows))
+    difference = 0.0
+    if dtype != "fp32":  # the file adds its rounding, so what merging adds is told apart
+        with merging_in_turn(live):
+            difference = exam.difference(live)
+        exam.check(difference, "merged logits differ from base and adapter")
+    with _new_directory(output, layout) as directory:
+        tensors = merged_tensors(live, layout)
+        save_plain(model, tokenizer, directory, layout=layout, tensors=tensors)
+        del model, live, tensors
+        gc.collect()  # the base and its adapter refer to each other
+        return _prove(exam, directory, layout, dtype, difference)
 
 
 def find_adapter(path: Path) -> Path:
@@ -118,32 +115,7 @@ def find_adapter(path: Path) -> Path:
 
 def check_base(adapter: Path, base: str | None = None) -> tuple[str, str | None]:
     """Name and revision of the adapter's base, whose weights must be those it was trained on."""
-    name, revision = _base_of(adapter, base)
-    _check_weights(adapter, name, revision)
-    return name, revision
-
-
-@contextmanager
-def _checking_weights(
-    adapter: Path, name: str, revision: str | None
-) -> Iterator[Callable[[], None]]:
-    """Hashes the weights of a base on the side; what is given waits for it, and raises.
-
-    On another base than its own, an adapter may well fail in other ways before. The reason is told
-    then, not what it led to.
-    """
-    with ThreadPoolExecutor(1) as side:
-        checked = side.submit(_check_weights, adapter, name, revision)
-        try:
-            yield checked.result
-        except LowVRAMError:
-            checked.result()
-            raise
-
-
-def _base_of(adapter: Path, base: str | None) -> tuple[str, str | None]:
-    """Name and revision; it is there."""
-    name, revision, _ = recorded_base(adapter)
+    name, revision, sha256 = recorded_base(adapter)
     if base is not None:
         name, revision = base, None
     if name is None:
@@ -154,17 +126,13 @@ def _base_of(adapter: Path, base: str | None) -> tuple[str, str | None]:
         raise ModelError(
             f"{adapter}: cannot find its base; if it is elsewhere now, name it with --base. {error}"
         ) from error
-    return name, revision
-
-
-def _check_weights(adapter: Path, name: str, revision: str | None) -> None:
-    _, _, sha256 = recorded_base(adapter)
     if sha256 is not None and (found := weights_sha256(name, revision)) != sha256:
         raise ModelError(
             f"{adapter}: was trained on a base with weights {sha256[:12]}..., those of {name!r} "
             f"are {found[:12]}...; on another base it is another model. Name the right one with "
             "--base"
         )
+    return name, revision
 
 
 @torch.no_grad()

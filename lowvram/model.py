@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -133,8 +132,7 @@ def load_model(
     if dtype in ("int8", "nf4"):
         options["quantization_config"] = _quantization(dtype, compute_dtype)
         options["device_map"] = {"": device}
-    for path in weight_files(name, revision):  # refuses pickles before anything is read
-        _read_ahead(path)
+    weight_files(name, revision)  # refuses pickles before anything is read
     with _model_errors(name), _quiet_libraries():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             locate(name, revision, weights=True),
@@ -172,13 +170,6 @@ def load_model(
     if "device_map" in options and torch.cuda.is_available():
         torch.cuda.empty_cache()  # transformers reserves room to load into, more than it needs
     return model  # type: ignore[no-any-return]
-
-
-def _read_ahead(path: Path) -> None:
-    """Weights are mapped, and by page faults a disk gives them at a third of its speed."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def blank_model(
