@@ -88,6 +88,7 @@ def test_the_hash_of_a_plan_is_that_of_its_file(make_recipe: Any, tmp_path: Any)
     assert recipe_sha256(found) == recipe_sha256(planned.recipe)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_with_every_lean_part_off_a_step_is_that_of_transformers_and_peft(
     dropout_gpt2_dir: Path, make_recipe: Any
 ) -> None:
