@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
@@ -53,15 +52,13 @@ def write_weights(
 ) -> None:
     """`tensors`, each once and in any order, in the dtypes of `layout`; files of at most 5 GB.
 
-    What was written is read again, while the next tensor is written: a ProofError if it is not bit
-    for bit what was given, or if that was not all and only what `layout` says.
+    What was written is read again: a ProofError if it is not bit for bit what was given, or if
+    that was not all and only what `layout` says.
     """
     split = split_torch_state_dict_into_shards(
         dict(layout), filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
     )
     with ExitStack() as files:
-        checker = files.enter_context(ThreadPoolExecutor(1))
-        checked: Future[None] | None = None
         places: dict[str, tuple[FileIO, int]] = {}
         for file_name, names in split.filename_to_tensors.items():
             file = files.enter_context((directory / file_name).open("w+b", buffering=0))
@@ -70,15 +67,7 @@ def write_weights(
             place = places.pop(name, None)
             if place is None or tensor.shape != layout[name].shape:
                 raise ProofError(f"{directory.name}: {name} is not a tensor of the model")
-            file, offset = place
-            data = _bytes_of(tensor.to("cpu", layout[name].dtype))
-            file.seek(offset)
-            _put(file, data)
-            if checked is not None:
-                checked.result()  # one tensor waits, no more
-            checked = checker.submit(_check, Path(str(file.name)), offset, data, name)
-        if checked is not None:
-            checked.result()
+            _write(*place, _bytes_of(tensor.to("cpu", layout[name].dtype)), name)
     if places:
         raise ProofError(f"{directory.name}: lacks {', '.join(sorted(places)[:3])}")
     if split.is_sharded:
@@ -118,12 +107,13 @@ def _put(file: FileIO, data: npt.NDArray[np.uint8]) -> None:
         left = left[file.write(left) :]
 
 
-def _check(path: Path, offset: int, data: npt.NDArray[np.uint8], name: str) -> None:
+def _write(file: FileIO, offset: int, data: npt.NDArray[np.uint8], name: str) -> None:
+    file.seek(offset)
+    _put(file, data)
+    file.seek(offset)
     found = np.empty(min(len(data), _COMPARED_BYTES), dtype=np.uint8)
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        for start in range(0, len(data), _COMPARED_BYTES):
-            wanted = data[start : start + _COMPARED_BYTES]
-            size = file.readinto(found[: len(wanted)].data)
-            if size != len(wanted) or not np.array_equal(found[: len(wanted)], wanted):
-                raise ProofError(f"{path.name}: {name} is not what was written")
+    for start in range(0, len(data), _COMPARED_BYTES):
+        wanted = data[start : start + _COMPARED_BYTES]
+        size = file.readinto(found[: len(wanted)].data)
+        if size != len(wanted) or not np.array_equal(found[: len(wanted)], wanted):
+            raise ProofError(f"{Path(str(file.name)).name}: {name} is not what was written")
