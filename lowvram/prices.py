@@ -22,8 +22,8 @@ class Price:
         return self.words if self.time is None else f"{self.words}; {self.time:.2f} x the time"
 
 
-ALL_BLOCKS = {"adapter": 1.43, "full": 1.19}
-SELECTIVE = {"adapter": 1.15, "full": 1.08}
+ALL_BLOCKS = {"adapter": 1.37, "full": 1.17}
+SELECTIVE = {"adapter": 1.12, "full": 1.05}
 # Modelled, not measured: of 4 x 768 bytes for each token and block, there and back at 20 GB/s
 # (PCIe 4.0 x16, pinned memory), and 72 x 768**2 operations at 40 TFLOPS, in turn.
 _COPIES = 0.15
