@@ -71,16 +71,16 @@ class _Folded(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (n, i)
         low_in = rows if dropped is None else dropped.reshape(rows.shape)
         low = low_in @ a.to(x.dtype).T  # (n, r)
-        if bias is None or x.device.type == "cpu":
-            output = torch.mm(rows, weight.to(x.dtype))  # (n, o)
+        wide, up = weight.to(x.dtype), b.to(x.dtype).T  # (i, o), (r, o)
+        if bias is None:
+            output = torch.mm(rows, wide).addmm_(low, up, alpha=scaling)  # (n, o)
+        elif x.device.type == "cpu":
+            # A bias costs a pass over the output of its own there, unless it is a row of B.
+            with_one = torch.cat([low * scaling, low.new_ones(low.shape[0], 1)], 1)
+            with_bias = torch.cat([up, bias.to(x.dtype)[None]])
+            output = torch.mm(rows, wide).addmm_(with_one, with_bias)
         else:
-            output = torch.addmm(bias.to(x.dtype), rows, weight.to(x.dtype))
-        if bias is None or x.device.type != "cpu":
-            output.addmm_(low, b.to(x.dtype).T, alpha=scaling)
-        else:
-            # On a CPU a bias costs a pass over the output of its own, unless it is a row of B.
-            with_one = torch.cat([low.mul(scaling), low.new_ones(low.shape[0], 1)], 1)
-            output.addmm_(with_one, torch.cat([b.to(x.dtype).T, bias.to(x.dtype)[None]]))
+            output = torch.addmm(bias.to(x.dtype), rows, wide).addmm_(low, up, alpha=scaling)
         ctx.save_for_backward(low_in, low, weight, a, b)
         ctx.settings = scaling, dropped is not None
         return output.view(*x.shape[:-1], -1)

@@ -267,7 +267,8 @@ def test_one_shape_as_text(simulated: Callable[[Cost], None]) -> None:
     assert less["headroom_bytes"] == (2048 - 600 - 2048) * MIB
     assert less["gradient_checkpointing"] == "offload"
     other = answer("gpt2-lora", "--vram", "8GiB", *shape)
-    assert (other["fits"], other["gradient_checkpointing"]) == (True, True)  # as a run would take
+    assert other["fits"] is True
+    assert repr(other["gradient_checkpointing"]) == "1"  # one block, as a run would take; not true
     for change in ("fit.gradient_checkpointing=true", "fit.max_seq_len=256", "micro_batch_size=8"):
         assert change in fits
     assert "4.00 GiB │ fit.micro_batch_size=8" in fits
