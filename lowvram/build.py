@@ -6,6 +6,7 @@ here too, so that it measures the step that will be run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -147,13 +148,16 @@ def build(recipe: Recipe, *, total_steps: int, numerics: Numerics | None = None)
     """Model, adapters, optimizer and schedule, on the device, ready for `train_step`.
 
     What `fit` leaves to auto has to be chosen before, as `plan` does in the recipe it returns;
-    here auto is off. A process that trains on the CPU keeps what it frees from then on.
+    here auto is off. A process that trains on the CPU keeps what it frees from then on, and one
+    that trains with train.deterministic stays with deterministic kernels.
     """
     numerics = numerics or choose_numerics(recipe)
     if recipe.fit.vram_bytes is not None:
         limit_memory(numerics.device, recipe.fit.vram_bytes)
     if numerics.device.type == "cpu":
         keep_freed_memory()
+    if recipe.train.deterministic:
+        be_deterministic()
     set_seed(recipe.train.seed)
     model = build_model(recipe, numerics)
     settings = recipe.train
@@ -182,6 +186,14 @@ def build(recipe: Recipe, *, total_steps: int, numerics: Numerics | None = None)
         chunked_loss=settings.chunked_loss and head_is_plain(plain_model(model)),
         max_nonfinite_steps=settings.max_nonfinite_steps,
     )
+
+
+def be_deterministic() -> None:
+    """Kernels that give the same bits every time; torch refuses operations that have none."""
+    # cuBLAS reads it when it is first used. Without it torch refuses matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def build_model(recipe: Recipe, numerics: Numerics) -> nn.Module:

@@ -1,96 +1,106 @@
 """The state of a run on disk: everything that is needed to go on as if it had not stopped.
 
-A checkpoint is a directory with two safetensors files (trained weights, optimizer state), a
-JSON file (the rest) and another one with the hashes of those three. It is written beside its
-place and renamed, so that it is there whole or not at all. Nothing in it is a pickle.
+A checkpoint is a directory with two safetensors files (trained weights, optimizer state), a JSON
+file (the rest) and a manifest of their sizes and hashes. It is written beside its place and
+renamed, so that it is there whole or not at all. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import random
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from lowvram.disk import check_manifest, new_directory, remove_partials
 from lowvram.errors import CheckpointError
+from lowvram.memory.measure import is_out_of_memory
+from lowvram.random_state import RandomState
 from lowvram.tensorwise import load_state
 from lowvram.train import TrainState
+from lowvram.weights import write_file
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-HASHES_FILE = "sha256.json"
-_HASHED = (WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE)
 _PREFIX = "step-"
-_PARTIAL = ".partial-"
+
+Fingerprint = Mapping[str, Any]
+"""What a run depends on, such as its data and the keys of its recipe; JSON values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A checkpoint that was gone on from."""
+
+    path: Path
+    run: dict[str, Any]
+    """What `save_checkpoint` was given."""
+    skipped: list[str] = field(default_factory=list)
+    """Newer checkpoints that are damaged, and how."""
+    differences: list[str] = field(default_factory=list)
+    """Between what it depends on and what there is now."""
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"{_PREFIX}{step:08d}"
 
 
 def save_checkpoint(
-    state: TrainState, directory: Path, *, fingerprint: dict[str, str], keep_last: int
+    state: TrainState,
+    directory: Path,
+    *,
+    fingerprint: Fingerprint,
+    keep_last: int,
+    keep: int | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `directory`/step-N, and remove all but the newest `keep_last` up to it.
+    """Write `directory`/step-N; remove all but step `keep` and the newest `keep_last` up to N.
 
     What is there of later steps is damaged, or it would have been gone on from, and what a
     crash has left half-written is of no use: both go too.
-    `fingerprint` says what the run depends on, such as its data; loading compares it.
+    `fingerprint` is compared when it is loaded; `run` are JSON values that come back then.
     """
-    final = directory / f"{_PREFIX}{state.step:08d}"
-    partial = directory / f"{_PARTIAL}{final.name}-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        _write(state, partial, fingerprint)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final}: cannot be written: {error}") from error
+    final = checkpoint_path(directory, state.step)
+    with new_directory(final, manifest=True) as partial:
+        partial.mkdir()
+        _write(state, partial, {"fingerprint": dict(fingerprint), "run": dict(run or {})})
+    remove_partials(directory)
     kept = [path for path in list_checkpoints(directory) if path <= final][-keep_last:]
-    for path in (*list_checkpoints(directory), *directory.glob(f"{_PARTIAL}*")):
+    if keep is not None:
+        kept.append(checkpoint_path(directory, keep))
+    for path in list_checkpoints(directory):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
     return final
 
 
-def _write(state: TrainState, directory: Path, fingerprint: dict[str, str]) -> None:
+def _write(state: TrainState, directory: Path, facts: dict[str, Any]) -> None:
+    """Tensors leave the device one at a time: host memory holds one."""
+    trained = dict(_trainable(state))
+    write_file(directory / WEIGHTS_FILE, trained, trained.items())
     tensors: dict[str, torch.Tensor] = {}
     structure = _pack(state.optimizer.state_dict(), tensors)
-    save_file(_trained(state), directory / WEIGHTS_FILE)
-    save_file(tensors, directory / OPTIMIZER_FILE)
-    facts = {
+    write_file(directory / OPTIMIZER_FILE, tensors, tensors.items())
+    facts = facts | {
         "format": FORMAT,
-        "fingerprint": fingerprint,
         "step": state.step,
         "optimizer_steps": state.optimizer_steps,
         "tokens": state.tokens,
         "nonfinite_in_a_row": state.nonfinite_in_a_row,
         "scaler": state.scaler.state_dict() if state.scaler else None,
-        "random": _random_state(),
+        "random": RandomState.now(state.device).to_json(),
         "optimizer": structure,
     }
     (directory / STATE_FILE).write_text(json.dumps(facts), encoding="utf-8")
-    hashes = {name: _sha256(directory / name) for name in _HASHED}
-    (directory / HASHES_FILE).write_text(json.dumps(hashes), encoding="utf-8")
-    for path in directory.iterdir():
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a directory
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -100,72 +110,114 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if path.name.startswith(_PREFIX))
 
 
-def load_newest(
-    state: TrainState, directory: Path, *, fingerprint: dict[str, str]
-) -> tuple[Path, list[str]]:
-    """Restore the newest checkpoint that is whole; also what was skipped on the way, and why."""
-    notes: list[str] = []
+def newest_facts(directory: Path) -> dict[str, Any] | None:
+    """What the newest whole checkpoint says; None if there is none."""
     for path in reversed(list_checkpoints(directory)):
+        with suppress(OSError, ValueError):
+            return _read_facts(path)
+    return None
+
+
+def load_newest(
+    state: TrainState, directory: Path, *, fingerprint: Fingerprint, anyway: bool = False
+) -> Loaded | None:
+    """Restore the newest checkpoint that is whole; None if there has never been one.
+
+    Damaged ones are skipped. Raises CheckpointError if all are, and, but for `anyway`, if what
+    the run depends on has changed.
+    """
+    skipped: list[str] = []
+    found = list_checkpoints(directory)
+    for path in reversed(found):
         try:
             facts = _read_facts(path)
-        except (OSError, ValueError) as error:
-            notes.append(f"skipped {path.name}, which is damaged: {error}")
+            differences = _differences(facts["fingerprint"], fingerprint)
+            if differences and not anyway:
+                raise _another_run(path, differences)
+            _restore(state, path, facts)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+            skipped.append(f"skipped {path.name}, which is damaged: {reason}")
             continue
-        _check_fingerprint(path, facts["fingerprint"], fingerprint)
-        _restore(state, path, facts)
-        return path, notes
-    reason = f" ({'; '.join(notes)})" if notes else ""
+        return Loaded(path=path, run=facts["run"], skipped=skipped, differences=differences)
+    if not found:
+        return None
     raise CheckpointError(
-        f"{directory}: has no checkpoint to go on from{reason}; start anew with --overwrite"
+        f"{directory}: has no checkpoint to go on from ({'; '.join(skipped)}); start anew with "
+        "--overwrite"
     )
 
 
+def load_weights(state: TrainState, path: Path) -> None:
+    """The trained weights of one checkpoint, and nothing else of it."""
+    try:
+        _read_facts(path)
+        _restore_weights(state, path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
 def _read_facts(path: Path) -> dict[str, Any]:
-    hashes = json.loads((path / HASHES_FILE).read_text(encoding="utf-8"))
-    for name in _HASHED:
-        if not isinstance(hashes, dict) or hashes.get(name) != _sha256(path / name):
-            raise ValueError(f"{name} is not what was written")
-    facts: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    if facts["format"] != FORMAT:
-        raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+    check_manifest(path, (WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE))
+    facts = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        found = facts.get("format") if isinstance(facts, dict) else None
+        raise ValueError(f"format {found}, this version reads {FORMAT}")
     return facts
 
 
-def _check_fingerprint(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
-    changed = sorted(key for key in wanted if found.get(key) != wanted[key])
-    if changed:
-        differences = "; ".join(f"{key}: was {found.get(key)}, is {wanted[key]}" for key in changed)
-        raise CheckpointError(
-            f"{path}: belongs to another run ({differences}). Go on with the recipe and data of "
-            "that run, or start anew with --overwrite or another output_dir"
-        )
+def _differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
+    return [
+        f"{key}: was {_shown(found.get(key))}, is {_shown(wanted.get(key))}"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _another_run(path: Path, differences: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: belongs to another run ({'; '.join(differences)}). Go on with the recipe and "
+        "data of that run, or go on all the same with --resume-anyway, or start anew with "
+        "--overwrite or another output_dir"
+    )
 
 
 def _restore(state: TrainState, path: Path, facts: dict[str, Any]) -> None:
-    own = dict(_trainable(state))
-    saved = load_file(path / WEIGHTS_FILE)
-    if set(own) != set(saved):
-        raise CheckpointError(f"{path}: trains other parameters than this recipe")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+    _restore_weights(state, path)
     tensors = load_file(path / OPTIMIZER_FILE)
     load_state(state.optimizer, _unpack(facts["optimizer"], tensors))
     state.step = facts["step"]
     state.optimizer_steps = facts["optimizer_steps"]
     state.tokens = facts["tokens"]
     state.nonfinite_in_a_row = facts["nonfinite_in_a_row"]
+    state.stepping = False
+    if state.fused is not None:
+        state.fused.begin()
     if state.scaler is not None and facts["scaler"] is not None:
         state.scaler.load_state_dict(facts["scaler"])
-    _set_random_state(facts["random"])
+    RandomState.from_json(facts["random"]).restore()
+
+
+def _restore_weights(state: TrainState, path: Path) -> None:
+    own = dict(_trainable(state))
+    saved = load_file(path / WEIGHTS_FILE)
+    shapes = {name: tensor.shape for name, tensor in saved.items()}
+    if {name: parameter.shape for name, parameter in own.items()} != shapes:
+        raise CheckpointError(f"{path}: trains other parameters than this recipe")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
 
 
 def _trainable(state: TrainState) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
-
-
-def _trained(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in _trainable(state)}
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -175,7 +227,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """
     if isinstance(value, torch.Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().clone().contiguous()
+        tensors[key] = value
         return {"tensor": key}
     if isinstance(value, dict):
         return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
@@ -195,30 +247,3 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         items = [_unpack(item, tensors) for item in content]
         return items if kind == "list" else tuple(items)
     return content
-
-
-def _random_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": [version, list(internal), gauss],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in cuda],
-    }
-
-
-def _set_random_state(saved: dict[str, Any]) -> None:
-    version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(_bytes_tensor(saved["torch"]))
-    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_bytes_tensor(state) for state in saved["cuda"]])
-
-
-def _bytes_tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

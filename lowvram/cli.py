@@ -59,15 +59,18 @@ def main() -> None:
 @click.argument("recipe")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option("--resume-anyway", is_flag=True,
+              help="Even if base, data or recipe have changed; it is recorded.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Start anew where a run already is.")
 @click.option("--dry-run", is_flag=True, help="Print the whole recipe and the plan, and stop.")
 @click.option("--gpu", help="With --dry-run: plan for this card, such as rtx-4070-ti.")
 @click.option("--quiet", is_flag=True, help="Print the result only.")
 @_reports_errors
-def run(
+def run(  # noqa: PLR0913 - one parameter an option
     recipe: str,
     settings: tuple[str, ...],
     resume: bool,
+    resume_anyway: bool,
     overwrite: bool,
     dry_run: bool,
     gpu: str | None,
@@ -90,7 +93,7 @@ def run(
         check_inputs(loaded)
         click.echo(dump_recipe(loaded), nl=False)
     else:
-        check_start(loaded, resume=resume, overwrite=overwrite)
+        check_start(loaded, resume=resume or resume_anyway, overwrite=overwrite)
     from lowvram.display import Display
     from lowvram.plan import plan
     from lowvram.run import announce
@@ -103,7 +106,9 @@ def run(
 
         announce(plan(loaded, elsewhere=named_card(gpu, None)), display)
         return
-    result = run_recipe(loaded, resume=resume, overwrite=overwrite, display=display)
+    result = run_recipe(
+        loaded, resume=resume, resume_anyway=resume_anyway, overwrite=overwrite, display=display
+    )
     merged = Path(result.output_dir) / "merged"
     click.echo(f"next: lowvram generate {_shell(merged)} --interactive")
 

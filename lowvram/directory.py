@@ -3,24 +3,40 @@
 runs/NAME/recipe.yaml     every setting, the chosen shape included
           start.json      what was measured before the first step
           metrics.jsonl   one line a step
+          events.jsonl    what happened on the way: resumed, stopped, out of memory
           checkpoints/    state to go on from
           adapter/        what peft loads
           merged/         the plain checkpoint
           result.json     written last: a run that has it is finished
+          .lock           held by the process that runs in it
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from lowvram.disk import (
+    remove,
+    remove_partials,
+    room_for,
+    size_of,
+    sync,
+    write_text,
+    writing,
+)
 from lowvram.errors import CheckpointError
 
-_FILES = ("recipe.yaml", "start.json", "metrics.jsonl", "result.json")
+# In the order in which they go: a run whose result is gone is not finished, and one without its
+# start has not begun, whatever else there is left of it.
+_FILES = ("result.json", "start.json", "recipe.yaml", "metrics.jsonl", "events.jsonl")
 _FOLDERS = ("checkpoints", "adapter", "merged")
 
 
@@ -30,10 +46,12 @@ class RunDirectory:
         self.recipe = self.path / "recipe.yaml"
         self.start = self.path / "start.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
         self.result = self.path / "result.json"
+        self.lock = self.path / ".lock"
 
     def check(self, *, resume: bool, overwrite: bool, inputs: Sequence[str] = ()) -> None:
         """Say why it cannot be used, and what to type; nothing is changed.
@@ -86,36 +104,76 @@ class RunDirectory:
                     "choose another with --set output_dir=DIR"
                 )
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For this process alone; what a crashed one left half-written is removed.
+
+        The lock is the system's, so that it ends with the process however that ends.
+        """
+        new = not self.path.exists()
+        with writing(f"output_dir: {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.lock, blocking=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise CheckpointError(
+                    f"output_dir: another run is under way in {self.path}; wait for it, or choose "
+                    "another with --set output_dir=DIR"
+                ) from None
+        try:
+            for directory in (self.path, self.checkpoints):
+                remove_partials(directory)
+            yield
+        finally:
+            if new and os.listdir(self.path) == [self.lock.name]:
+                with suppress(OSError):  # nothing was begun: leave no trace
+                    self.lock.unlink()
+                    self.path.rmdir()
+            lock.release()
+
+    def require_room(self, needed_bytes: int, for_what: str) -> None:
+        """What a run, an older one included, has there already counts as free."""
+        own = sum(size_of(self.path / name) for name in (*_FOLDERS, *_FILES))
+        enough, free = room_for(self.path, needed_bytes - own)
+        if not enough:
+            from lowvram.memory.measure import format_gib  # which brings torch
+
+            raise CheckpointError(
+                f"output_dir: {self.path} needs up to {format_gib(needed_bytes)} ({for_what}), and "
+                f"its disk has {format_gib(free + own)} for it; free some, choose another with "
+                "--set output_dir=DIR, or lower train.keep_last"
+            )
+
     def make_empty(self) -> None:
         """Ready for a new run; never removes what is not a run's."""
-        try:
-            for name in _FOLDERS:
-                if (self.path / name).is_symlink():
-                    (self.path / name).unlink()
-                elif (self.path / name).exists():
-                    shutil.rmtree(self.path / name)
-            for name in _FILES:
-                (self.path / name).unlink(missing_ok=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"output_dir: {self.path} cannot be used: {error}") from error
+        with writing(f"output_dir: {self.path}"):
+            for name in (*_FILES, *_FOLDERS):
+                remove(self.path / name)
+            sync(self.path)
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._append(self.metrics, metrics)
+
+    def append_event(self, event: str, **facts: Any) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._append(self.events, {"time": now, "event": event, **facts})
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Before a checkpoint that is later than they are."""
+        if self.metrics.exists():
+            with writing(self.metrics):
+                sync(self.metrics)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        return _whole_lines(self.events)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines; the last one may have been cut by a crash."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-        return found
+        return _whole_lines(self.metrics)
 
     def keep_metrics(self, steps: int) -> None:
         """Forget the lines after step `steps`: those steps are taken again."""
@@ -124,16 +182,14 @@ class RunDirectory:
         write_text(self.metrics, text)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """NaN and infinity are refused: JSON has none."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Beside its place first, then renamed: never half a file."""
-    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The last one may have been cut by a crash."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found

@@ -15,7 +15,7 @@ import torch
 
 from lowvram import __version__
 from lowvram.data import cache_directory
-from lowvram.directory import write_text
+from lowvram.disk import replace_text
 from lowvram.fit import Fit
 from lowvram.measurement import Measurement
 from lowvram.memory import Card
@@ -42,7 +42,7 @@ def remembered(
         found = search()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(found), indent=2))
+        replace_text(path, json.dumps(asdict(found), indent=2))
     except OSError:
         pass
     return found

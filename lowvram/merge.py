@@ -10,10 +10,7 @@ merged when its turn comes to be written; the base is given up before the result
 from __future__ import annotations
 
 import gc
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from lowvram.adapters import (
     merging_in_turn,
     recorded_base,
 )
+from lowvram.disk import new_directory, remove_partials_of, room_for
 from lowvram.errors import CheckpointError, ModelError, ProofError
 from lowvram.memory.measure import format_gib
 from lowvram.model import (
@@ -83,6 +81,7 @@ def merge(
     above = next(path for path in output.absolute().parents if path.exists())
     if not above.is_dir():
         raise CheckpointError(f"{output}: cannot be written: {above} is no directory")
+    remove_partials_of(output)
     name, revision = check_base(adapter, base)
     tokenizer = load_tokenizer(name, revision)
     model = load_model(name, revision=revision, dtype="fp32")
@@ -97,7 +96,8 @@ def merge(
         with merging_in_turn(live):
             difference = exam.difference(live)
         exam.check(difference, "merged logits differ from base and adapter")
-    with _new_directory(output, layout) as directory:
+    _require_room(output, layout)
+    with new_directory(output) as directory:
         tensors = merged_tensors(live, layout)
         save_plain(model, tokenizer, directory, layout=layout, tensors=tensors)
         del model, live, tensors
@@ -163,7 +163,8 @@ def write_proven(
     exam = _Exam(output=output, rows=rows, expected=expected)
     difference = exam.difference(model)
     exam.check(difference, "logits of the weights differ from what was expected")
-    with _new_directory(output, layout) as directory:
+    _require_room(output, layout)
+    with new_directory(output) as directory:
         save_plain(model, tokenizer, directory, layout=layout)
         return _prove(exam, directory, layout, dtype, difference)
 
@@ -229,22 +230,11 @@ def _check_files(directory: Path, layout: Layout) -> None:
         raise ProofError(f"{directory.name}: lacks {', '.join(sorted(missing)[:3])}")
 
 
-@contextmanager
-def _new_directory(output: Path, layout: Layout) -> Iterator[Path]:
-    """A directory to be made, which takes its place as `output` in the end or leaves nothing."""
+def _require_room(output: Path, layout: Layout) -> None:
     needed = size_bytes(layout)
-    existing = next(path for path in output.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    enough, free = room_for(output.parent, needed)
+    if not enough:
         raise CheckpointError(
-            f"{output}: needs {format_gib(needed)} of disk, {existing} has {format_gib(free)} free"
+            f"{output}: needs {format_gib(needed)} of disk, {output.parent.absolute()} has "
+            f"{format_gib(free)} free"
         )
-    partial = output.parent / f".partial-{output.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        os.replace(partial, output)
-    except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -23,6 +23,7 @@ from torch import nn
 
 from lowvram.errors import DataError, ModelError, RecipeError
 from lowvram.loss import chunk_rows, head_is_plain, log_softmax
+from lowvram.memory.measure import is_out_of_memory, release_memory
 from lowvram.model import evaluating
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -110,10 +111,11 @@ def score(
     with torch.no_grad(), evaluating(model), _autocast(device, precision):
         network = _Network(model)
         for ahead in _look_ahead(windows, _LOOK_AHEAD * pass_tokens):
-            rows = []
+            rows: list[_Row] = []
             for batch in _batches(ahead, batch_size or pass_tokens, pass_tokens):
-                rows.append(network.score(batch))
-                scored += rows[-1].tokens
+                found = network.score_in_parts(batch)
+                rows += found
+                scored += sum(row.tokens for row in found)
                 if progress is not None:
                     progress(scored)
             metric.add_batch(
@@ -221,6 +223,7 @@ class _Network:
             raise ModelError(f"perplexity: {type(self.model).__name__} has no model below its head")
         self.device = next(model.parameters()).device
         self.vocabulary: int = self.model.config.vocab_size
+        self.most_tokens = math.inf  # padded, in a forward pass: as many as there was room for
         self.head: Callable[[torch.Tensor], torch.Tensor] = self.model.get_output_embeddings()
         if not head_is_plain(self.model):
             self.head = self._whole_head
@@ -243,6 +246,21 @@ class _Network:
             return logits.squeeze(0)
         finally:
             handle.remove()
+
+    def score_in_parts(self, batch: Sequence[_Window]) -> list[_Row]:
+        """In one forward pass or, where memory is full, in smaller ones from then on."""
+        tokens = len(batch) * len(batch[0].tokens)
+        if tokens <= self.most_tokens or len(batch) == 1:
+            try:
+                return [self.score(batch)]
+            except (RuntimeError, MemoryError) as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    raise
+            # Here, since the frames that failed keep their tensors until the error is gone.
+            release_memory(self.device)
+            self.most_tokens = tokens // 2
+        half = len(batch) // 2
+        return [*self.score_in_parts(batch[:half]), *self.score_in_parts(batch[half:])]
 
     def score(self, batch: Sequence[_Window]) -> _Row:
         ids, predicting = self._pad(batch)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +36,24 @@ from lowvram.prediction import predictor
 from lowvram.recipe import Recipe
 from lowvram.target import card_here, limited
 
-# What may change between the parts of a resumed run: none of it changes what is learned.
+# What may change between the parts of a resumed run: none of it changes what is learned. Model and
+# data may have moved; their content is compared.
 _FREE_KEYS = {
-    "train": ("eval_every", "save_every", "log_every", "keep_last", "max_nonfinite_steps"),
+    "model": ("name", "revision"),
+    "data": ("source", "validation_source"),
+    "train": (
+        "deterministic",
+        "eval_every",
+        "keep_best",
+        "keep_last",
+        "log_every",
+        "max_nonfinite_steps",
+        "save_every",
+        "save_every_minutes",
+    ),
     "fit": ("micro_batch_size", "gradient_checkpointing", "vram", "headroom"),
 }
-_FREE_SECTIONS = ("output_dir", "output_dtype")
+_FREE_SECTIONS = {"output_dir", "output_dtype"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +116,24 @@ class Plan:
                 break
         return chosen
 
-    def fingerprint(self, base_sha256: str) -> dict[str, str]:
-        """What a checkpoint of this run depends on."""
-        values = self.recipe.model_dump(mode="json", exclude=set(_FREE_SECTIONS))
-        for section, keys in _FREE_KEYS.items():
-            for key in keys:
-                del values[section][key]
-        text = json.dumps(values, sort_keys=True)
-        return {
-            "base": base_sha256,
-            "data": self.corpus.sha256,
-            "recipe": sha256(text.encode()).hexdigest(),
-            "numerics": f"{self.numerics.precision} on a base in {self.numerics.base_dtype}",
-        }
+    def fingerprint(self, base_sha256: str) -> dict[str, Any]:
+        """What a checkpoint of this run depends on: base, data, and the keys of the recipe.
+
+        Formats that the recipe leaves to auto are those that were chosen.
+        """
+        found: dict[str, Any] = {"base": base_sha256, "data": self.corpus.sha256}
+        for section, keys in self.recipe.model_dump(mode="json", exclude=_FREE_SECTIONS).items():
+            free = _FREE_KEYS.get(section, ())
+            found |= {f"{section}.{key}": keys[key] for key in keys if key not in free}
+        found["train.precision"] = self.numerics.precision
+        found["model.dtype"] = self.numerics.base_dtype
+        return found
+
+    def with_micro_batch_size(self, rows: int) -> Plan:
+        """The same training, cut into smaller micro-batches."""
+        passes = self.recipe.train.global_batch_size // rows
+        fit = replace(self.fit, micro_batch_size=rows, gradient_accumulation_steps=passes)
+        return replace(self, fit=fit, recipe=with_shape(self.recipe, fit))
 
     def counts(self) -> dict[str, int]:
         """Every token of the training documents is in a row or dropped."""

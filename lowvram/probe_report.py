@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowvram.checkpointing import in_words
-from lowvram.directory import write_text
+from lowvram.disk import replace_text
 from lowvram.display import Display, format_seconds
 from lowvram.errors import DeviceError, RecipeError
 from lowvram.fit import with_shape
@@ -79,7 +79,7 @@ def _save(recipe: Recipe, found: Frontier, path: Path) -> None:
     if found.chosen is None:
         raise RecipeError(f"--save-recipe: nothing to save: {found.reason}")
     try:
-        write_text(path, dump_recipe(with_shape(recipe, found.chosen)))
+        replace_text(path, dump_recipe(with_shape(recipe, found.chosen)))
     except OSError as error:
         raise RecipeError(
             f"--save-recipe {path}: cannot be written: {error.strerror}; name a file in a "

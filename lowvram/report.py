@@ -52,6 +52,8 @@ class RunResult:
     samples: list[dict[str, str]]
     recipe_sha256: str
     seconds: float
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What happened on the way: resumed, stopped, out of memory."""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 

@@ -81,6 +81,8 @@ class FusedBackward:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.stepping = False
+        """Between the first update of a backward pass and its end."""
         self._updates = True
         self._norms: list[torch.Tensor] = []
         self._spoilt = False
@@ -89,7 +91,7 @@ class FusedBackward:
                 parameter.register_post_accumulate_grad_hook(self._use)
 
     def begin(self) -> None:
-        self._norms, self._spoilt = [], False
+        self._norms, self._spoilt, self.stepping = [], False, False
 
     def end(self) -> tuple[float, Literal["nonfinite"] | None]:
         """The norm of all gradients there were, and whether some tensor was left as it was."""
@@ -114,5 +116,6 @@ class FusedBackward:
         if not math.isfinite(norm.item()):
             self._spoilt = True
         elif self._updates:
+            self.stepping = True
             step_tensor(self.optimizer, parameter)  # type: ignore[arg-type]
         parameter.grad = None

@@ -22,6 +22,7 @@ from lowvram.data import Batch
 from lowvram.errors import TrainingError
 from lowvram.loss import token_loss
 from lowvram.optimizers import set_learning_rate
+from lowvram.random_state import RandomState
 from lowvram.tensorwise import FusedBackward, take_step
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -53,6 +54,15 @@ class TrainState:
     """Steps taken: the position in the learning-rate schedule."""
     tokens: int = 0
     nonfinite_in_a_row: int = 0
+    stepping: bool = False
+    """While weights and optimizer states are between two steps."""
+    before_micro_batch: Callable[[], None] | None = None
+    """May raise to end a long step early; the step then has left no trace."""
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether a step failed on the way, so that weights are neither old nor new."""
+        return self.stepping or (self.fused is not None and self.fused.stepping)
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +134,31 @@ def train(state: TrainState, windows: Iterable[Sequence[Batch]]) -> Iterator[Ste
 
 
 def train_step(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
-    """One optimizer step on the micro-batches of `window`, or none if that would do harm."""
+    """One optimizer step on the micro-batches of `window`, or none if that would do harm.
+
+    All or nothing: if it raises before weights are updated, gradients are dropped and random
+    numbers go on from where they were, so that the step can be taken again. If it raises later,
+    `state.spoilt` says so, and the state is of no use any more.
+    """
+    random_state, step = RandomState.now(state.device), state.step
+    try:
+        return _take(state, window)
+    except BaseException:
+        if not state.spoilt and state.step == step:
+            _undo(state, random_state)
+        raise
+
+
+def _undo(state: TrainState, random_state: RandomState) -> None:
+    state.optimizer.zero_grad(set_to_none=True)
+    random_state.restore()
+    if state.scaler is not None:  # which refuses to unscale twice before an update
+        used, state.scaler = state.scaler, make_scaler(state.precision, state.device)
+        assert state.scaler is not None
+        state.scaler.load_state_dict(used.state_dict())
+
+
+def _take(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
     started = time.perf_counter()
     state.model.train()
     state.optimizer.zero_grad(set_to_none=True)
@@ -143,9 +177,11 @@ def train_step(state: TrainState, window: Sequence[Batch]) -> StepMetrics:
             grad_norm, skipped = math.nan, "nonfinite"  # there was no backward pass
     else:
         grad_norm = _unscale_and_clip(state)
+        state.stepping = True
         skipped = _step_unless_nonfinite(state, loss, grad_norm)
     state.optimizer.zero_grad(set_to_none=True)
     _count(state, window, skipped)
+    state.stepping = False
     return StepMetrics(
         step=state.step,
         optimizer_steps=state.optimizer_steps,
@@ -172,6 +208,8 @@ def accumulate_gradients(state: TrainState, window: Sequence[Batch], target_toke
     for batch in window:
         if batch.target_tokens == 0:
             continue
+        if state.before_micro_batch is not None:
+            state.before_micro_batch()
         on_device = batch.to(device)
         with autocast(state.precision, device):
             loss = token_loss(

@@ -42,6 +42,9 @@ _COMPARED_BYTES = 1 << 24
 Layout = Mapping[str, torch.Tensor]
 """Shape and dtype of each tensor of a checkpoint; the tensors may be on the meta device."""
 
+Places = dict[str, tuple[FileIO, int]]
+"""Where each tensor goes: a file, and an offset in it."""
+
 
 def size_bytes(layout: Layout) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in layout.values())
@@ -59,24 +62,36 @@ def write_weights(
         dict(layout), filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
     )
     with ExitStack() as files:
-        places: dict[str, tuple[FileIO, int]] = {}
+        places: Places = {}
         for file_name, names in split.filename_to_tensors.items():
             file = files.enter_context((directory / file_name).open("w+b", buffering=0))
             places |= _begin(file, {name: layout[name] for name in names})
-        for name, tensor in tensors:
-            place = places.pop(name, None)
-            if place is None or tensor.shape != layout[name].shape:
-                raise ProofError(f"{directory.name}: {name} is not a tensor of the model")
-            _write(*place, _bytes_of(tensor.to("cpu", layout[name].dtype)), name)
-    if places:
-        raise ProofError(f"{directory.name}: lacks {', '.join(sorted(places)[:3])}")
+        _fill(places, layout, tensors, directory.name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (directory / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _begin(file: FileIO, layout: Layout) -> dict[str, tuple[FileIO, int]]:
+def write_file(path: Path, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """As `write_weights`, but all into one file."""
+    with path.open("w+b", buffering=0) as file:
+        _fill(_begin(file, layout), layout, tensors, path.name)
+
+
+def _fill(
+    places: Places, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]], title: str
+) -> None:
+    for name, tensor in tensors:
+        place = places.pop(name, None)
+        if place is None or tensor.shape != layout[name].shape:
+            raise ProofError(f"{title}: {name} is not a tensor of the model")
+        _write(*place, _bytes_of(tensor.to("cpu", layout[name].dtype)), name)
+    if places:
+        raise ProofError(f"{title}: lacks {', '.join(sorted(places)[:3])}")
+
+
+def _begin(file: FileIO, layout: Layout) -> Places:
     """Write the header; where in the file each tensor goes."""
     header: dict[str, object] = {"__metadata__": _METADATA}
     offsets, end = {}, 0

@@ -33,6 +33,9 @@ LAYERS = {
     "folded_lora": 1,
     "adapters": 2,
     "optimizers": 2,
+    "disk": 1,
+    "interrupts": 0,
+    "random_state": 0,
     "directory": 2,
     "loss": 2,
     "inputs": 3,
@@ -60,9 +63,12 @@ LAYERS = {
     "report": 5,
     "doctor": 5,
     "plan": 10,
-    "run": 11,
-    "cli": 12,
-    "__main__": 13,
+    "job": 11,
+    "training": 12,
+    "finish": 12,
+    "run": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 
 # Third-party package -> the only modules of ours that may import it.

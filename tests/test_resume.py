@@ -29,7 +29,9 @@ from lowvram.recipe import Recipe, dump_recipe, load_recipe
 from lowvram.run import run
 
 # As attributes of the package these are the functions.
-BUILD, TRAIN, RUN = (import_module(f"lowvram.{name}") for name in ("build", "train", "run"))
+BUILD, TRAIN, JOB, FINISH = (
+    import_module(f"lowvram.{name}") for name in ("build", "train", "job", "finish")
+)
 STEPS = 12
 QUIET = Display(Console(quiet=True), quiet=True)
 Make = Callable[..., Recipe]
@@ -230,18 +232,27 @@ def test_what_resume_and_overwrite_may_do(
         f"output_dir: {directory} holds an unfinished run; go on with --resume, or start anew "
         "with --overwrite, or choose another with --set output_dir=DIR"
     )
-    others = ({"train.learning_rate": 2e-2}, {"train.seed": 1}, {"method.alpha": 8.0})
+    others = {
+        "train.learning_rate": (2e-2, "was 0.01, is 0.02"),
+        "train.seed": (1, "was 0, is 1"),
+        "method.alpha": (8.0, "was 16.0, is 8.0"),
+    }
     # What was measured before the first step would not compare with what is measured at the end.
-    measured = ({"evaluate.stride": 3}, {"generate.prompts": ["Other"]})
-    for changes in (*others, *measured):
-        text = refused(make(**({"train.max_steps": 3} | changes)), resume=True)
-        assert f"{directory}/checkpoints/step-00000002: belongs to another run (recipe: was" in text
+    measured = {
+        "evaluate.stride": (3, 'was "auto", is 3'),
+        "generate.prompts": (["Other"], 'was [], is ["Other"]'),
+    }
+    for key, (value, difference) in (others | measured).items():
+        text = refused(make(**{"train.max_steps": 3, key: value}), resume=True)
+        assert (
+            f"{directory}/checkpoints/step-00000002: belongs to another run ({key}: {difference})"
+        ) in text
         assert text.endswith("start anew with --overwrite or another output_dir")
 
     other_text = tmp_path / "other.txt"
     other_text.write_text("Other lines.\nMore of them.\nAnd a third.\n", encoding="utf-8")
     changed = make(**{"train.max_steps": 3, "data.source": str(other_text)})
-    assert "(data: was" in refused(changed, resume=True)
+    assert '(data: was "' in refused(changed, resume=True)
 
     # None of these changes what is learned.
     free = {"train.log_every": 1, "train.eval_every": None, "train.keep_last": 1}
@@ -269,7 +280,10 @@ def test_overwrite_leaves_other_files_alone(make: Make, monkeypatch: pytest.Monk
     assert (directory / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert (directory / "plots" / "loss.csv").read_text(encoding="utf-8") == "1,2"
     assert [line["step"] for line in metrics_of(directory)] == [1]
-    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == ["step-00000001"]
+    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == [
+        "step-00000000",
+        "step-00000001",
+    ]
     assert load_recipe(str(directory / "recipe.yaml")).train.seed == 5
 
 
@@ -283,10 +297,11 @@ def test_a_run_stopped_before_its_first_step_is_simply_run_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RUN, "score", stop)
-        patch.setattr(RUN, "generate", stop)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(JOB, "score", stop)
+        patch.setattr(JOB, "generate", stop)
+        with pytest.raises(Interrupted, match="Nothing was begun in .*the same command begins"):
             run(recipe, display=QUIET)
+    assert not Path(recipe.output_dir).exists()
     run(recipe, display=QUIET)
     assert (Path(recipe.output_dir) / "result.json").exists()
 
@@ -302,8 +317,8 @@ def test_a_run_stopped_after_its_last_step_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RUN, "merge", stop)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(FINISH, "merge", stop)
+        with pytest.raises(Interrupted, match="has the last state that was saved"):
             run(recipe, resume=True, display=QUIET)
     assert not (directory / "result.json").exists()
     result = run(recipe, resume=True, display=QUIET)
@@ -313,7 +328,7 @@ def test_a_run_stopped_after_its_last_step_is_finished(
 
 
 def test_another_number_format_is_another_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto`, or a CPU without 16 bits, choose by the machine, which may have changed."""
+    """A CPU without 16 bits computes in another format than the recipe names."""
     recipe = make(**{"train.precision": "bf16", "train.max_steps": 3})
     monkeypatch.setattr(BUILD, "has_fast_16_bit", lambda dtype: True)
     directory = stopped_at(recipe, 1, monkeypatch)
@@ -322,7 +337,7 @@ def test_another_number_format_is_another_run(make: Make, monkeypatch: pytest.Mo
         run(recipe, resume=True, display=QUIET)
     assert (
         f"{directory}/checkpoints/step-00000001: belongs to another run "
-        "(numerics: was bf16 on a base in bf16, is fp32 on a base in fp32)"
+        '(model.dtype: was "bf16", is "fp32"; train.precision: was "bf16", is "fp32")'
     ) in str(error.value)
 
 
@@ -377,7 +392,11 @@ def test_a_second_ctrl_c_stops_at_once(
     with monkeypatch.context() as patch:
         act_at(patch, 3, twice)
         stopped = invoke(*command)
-    assert (stopped.exit_code, stopped.stderr) == (130, "stopped\n")
+    assert (stopped.exit_code, stopped.stderr) == (
+        130,
+        f"error: Stopped; {tmp_path / 'run' / 'checkpoints'} has the last state that was saved, "
+        "and the same command with --resume goes on from it\n",
+    )
     assert signal.getsignal(signal.SIGINT) is handler
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
     assert invoke(*command, "--resume").exit_code == 0

@@ -69,6 +69,7 @@ def check_output(result: RunResult, base: Path, *, method: str, held_out: bool =
     """The directory and result.json are whole, and the figures make sense."""
     directory = Path(result.output_dir)
     expected = {
+        ".lock",
         "recipe.yaml",
         "start.json",
         "metrics.jsonl",
@@ -449,9 +450,8 @@ def test_a_finished_run_is_not_overwritten(make_recipe: MakeRecipe) -> None:
     (Path(result.output_dir) / "mine.txt").write_text("of the user")
     again = go(make_recipe(**{"train.max_steps": 1}), overwrite=True)
     assert len(metrics_of(again)) == again.steps == 1
-    assert [path.name for path in (Path(result.output_dir) / "checkpoints").iterdir()] == [
-        "step-00000001"
-    ]
+    names = sorted(path.name for path in (Path(result.output_dir) / "checkpoints").iterdir())
+    assert names == ["step-00000000", "step-00000001"]
     assert (Path(result.output_dir) / "mine.txt").read_text() == "of the user"
 
 
@@ -553,7 +553,14 @@ def test_a_merge_that_fails_its_proof_leaves_no_merged_directory(
 
     assert error.value.exit_code == 9
     names = {path.name for path in Path(recipe.output_dir).iterdir()}
-    assert names == {"recipe.yaml", "start.json", "metrics.jsonl", "checkpoints", "adapter"}
+    assert names == {
+        ".lock",
+        "recipe.yaml",
+        "start.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+    }
 
 
 class Interrupting(Display):
@@ -809,9 +816,8 @@ def test_checkpoints_are_saved_and_kept_as_asked(make_recipe: MakeRecipe) -> Non
 def test_without_save_every_the_end_is_saved(make_recipe: MakeRecipe) -> None:
     result = go(make_recipe(**{"train.save_every": None}))
 
-    assert [p.name for p in (Path(result.output_dir) / "checkpoints").iterdir()] == [
-        "step-00000003"
-    ]
+    names = sorted(p.name for p in (Path(result.output_dir) / "checkpoints").iterdir())
+    assert names == ["step-00000000", "step-00000003"]
 
 
 def test_evaluations_come_as_asked(make_recipe: MakeRecipe) -> None:

@@ -6,6 +6,7 @@ Code that trains on a card says `torch.autocast("cuda")`, `GradScaler()`, `model
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -99,6 +100,8 @@ def _defaults() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     attention = [read() for read, _ in _ATTENTION]
     try:
         yield
@@ -111,6 +114,9 @@ def _defaults() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cache)
         torch.set_autocast_enabled(NAME, False)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
         for (_, write), value in zip(_ATTENTION, attention, strict=True):
             write(value)
 

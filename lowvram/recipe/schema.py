@@ -224,14 +224,20 @@ class TrainSection(Section):
     """Number format of the matrix products."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of initialisation, shuffling, dropout and sampling."""
+    deterministic: bool = False
+    """On a card, only kernels that give the same bits every time, as a CPU's do; slower."""
     eval_every: Count | None = 100
     """Optimizer steps between evaluations; null evaluates at the end only."""
     save_every: Count | None = 100
-    """Optimizer steps between checkpoints; null saves at the end only."""
+    """Optimizer steps between checkpoints; null leaves it to `save_every_minutes`."""
+    save_every_minutes: Positive | None = 30.0
+    """Minutes after which a checkpoint is due all the same; null never saves by time."""
     log_every: Count = 10
     """Optimizer steps between lines of output."""
     keep_last: Count = 2
     """Checkpoints to keep; older ones are removed."""
+    keep_best: bool = False
+    """Keep the checkpoint of the lowest perplexity as well, and put out its weights at the end."""
     chunked_loss: bool = True
     """Compute the loss in chunks that never hold the logits of all tokens at once."""
     max_nonfinite_steps: Count = 3

@@ -5,6 +5,9 @@ m, k, n are the sizes of a product.
 
 from __future__ import annotations
 
+import os
+import re
+
 import torch
 from torch import Tensor
 
@@ -18,9 +21,12 @@ _LT_WORKSPACE = 2**20
 def workspace_bytes(target: Target) -> int:
     """What cuBLAS gets on first use, once per thread that multiplies, and keeps.
 
-    cuda/CublasHandlePool.cpp, without `CUBLAS_WORKSPACE_CONFIG`. Blackwell has had as much as
-    Hopper since torch 2.12.
+    cuda/CublasHandlePool.cpp. `CUBLAS_WORKSPACE_CONFIG` is of the form :KIB:COUNT:KIB:COUNT.
+    Blackwell has had as much as Hopper since torch 2.12.
     """
+    configured = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if configured:
+        return sum(int(kib) * int(count) * 1024 for kib, count in configured)
     large = (9, 10, 12) if target.torch_version >= (2, 12) else (9,)
     if target.compute_capability[0] in large:
         return 4096 * 8 * 1024

@@ -1,0 +1,221 @@
+"""Files that are there whole or not at all, and what a disk that fails is told as.
+
+Everything is written beside its place, flushed to the disk and renamed; then the directory that
+holds the name is flushed too. What a crash leaves begins with `.partial-` and is removed at the
+next start, by whoever has the directory for itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors import SafetensorError
+
+from lowvram.errors import CheckpointError
+
+PARTIAL = ".partial-"
+MANIFEST = "manifest.json"
+
+_FULL = "free some room there"
+_GONE = "the disk or the network mount has failed: see that it is there and whole"
+_CURES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: "your quota there is used up: free some of it",
+    errno.EFBIG: "the file system, or a limit of this shell (ulimit -f), allows no larger file",
+    errno.EROFS: "it is mounted read-only: choose another directory",
+    errno.EACCES: "check its permissions, or choose another directory",
+    errno.EPERM: "check its permissions, or choose another directory",
+    errno.EMFILE: "too many files are open: raise the limit of this shell (ulimit -n 4096)",
+    errno.ENFILE: "too many files are open on this machine: end other programs",
+    errno.EIO: _GONE,
+    errno.ESTALE: _GONE,
+    errno.ENOTCONN: _GONE,
+    errno.ENODEV: _GONE,
+    errno.ETIMEDOUT: _GONE,
+}
+
+
+def cannot_write(what: str, error: Exception) -> CheckpointError:
+    """The error of a user whose disk does not take `what`, with what to do about it."""
+    number = error.errno if isinstance(error, OSError) else None
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    cure = _CURES.get(number) if number is not None else None
+    if cure is None:  # safetensors has the reason in its text only
+        known = ((os.strerror(n), words) for n, words in _CURES.items())
+        cure = next((words for text, words in known if text in str(error)), None)
+    return CheckpointError(f"{what}: cannot be written: {reason}" + (f"; {cure}" if cure else ""))
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """What goes wrong with the disk inside is a CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(str(what), error) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """NaN and infinity are refused: JSON has none."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path):
+        replace_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `write_text`, with the OSError itself."""
+    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextmanager
+def new_directory(final: Path, *, manifest: bool = False) -> Iterator[Path]:
+    """A directory to be filled, which takes the place of `final` in the end or leaves nothing.
+
+    What is at `final` is replaced. With `manifest`, sizes and hashes of its files are put beside
+    them, for `check_manifest`.
+    """
+    partial = final.with_name(f"{PARTIAL}{final.name}-{os.getpid()}")
+    with writing(final):
+        try:
+            remove(partial)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            if manifest:
+                text = json.dumps(_manifest_of(partial), indent=2) + "\n"
+                (partial / MANIFEST).write_text(text, encoding="utf-8")
+            for path in sorted(partial.rglob("*")):
+                sync(path)
+            sync(partial)
+            _put(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _put(partial: Path, final: Path) -> None:
+    """Rename; what was there is moved away first, since a directory cannot replace another."""
+    old = final.with_name(f"{PARTIAL}{final.name}-old-{os.getpid()}")
+    there = os.path.lexists(final)
+    if there:
+        os.replace(final, old)
+    try:
+        os.replace(partial, final)
+    except OSError:
+        if there:
+            os.replace(old, final)
+        raise
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest_of(directory: Path) -> dict[str, dict[str, Any]]:
+    return {path.name: _size_and_hash(path) for path in sorted(directory.iterdir())}
+
+
+def check_manifest(directory: Path, names: Iterable[str]) -> None:
+    """Raises ValueError or OSError unless these files are those of the manifest, to the last byte.
+
+    Sizes are looked at first, since they cost nothing.
+    """
+    content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{MANIFEST} is not what was written")
+    wanted = {name: content.get(name) for name in names}
+    for read in (_size, _size_and_hash):
+        for name, facts in wanted.items():
+            if not isinstance(facts, dict) or not read(directory / name).items() <= facts.items():
+                raise ValueError(f"{name} is not what was written")
+
+
+def _size(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size}
+
+
+def _size_and_hash(path: Path) -> dict[str, Any]:
+    return _size(path) | {"sha256": sha256_of(path)}
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a directory."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a directory
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a directory with all in it; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partials(directory: Path) -> None:
+    """What crashed processes left in a directory; for who has it for itself.
+
+    What one had moved away to replace it, and then did not, goes back to its place.
+    """
+    for path in directory.glob(f"{PARTIAL}*"):
+        old = re.fullmatch(rf"{re.escape(PARTIAL)}(.+)-old-\d+", path.name)
+        with suppress(OSError):
+            if old and not os.path.lexists(directory / old[1]):
+                os.replace(path, directory / old[1])
+            else:
+                remove(path)
+
+
+def remove_partials_of(final: Path) -> None:
+    """What crashed processes left of `final`, in a directory that is shared with others."""
+    left = re.compile(rf"{re.escape(f'{PARTIAL}{final.name}')}-(?:old-)?(\d+)")
+    for path in final.parent.glob(f"{PARTIAL}*"):
+        match = left.fullmatch(path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            with suppress(OSError):
+                remove(path)
+
+
+def room_for(directory: Path, needed_bytes: int) -> tuple[bool, int]:
+    """Whether a directory, there already or not, has room for so many bytes; and how many."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    return needed_bytes <= free, free
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory; 0 of nothing."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(size_of(below) for below in path.iterdir())
+    return path.lstat().st_size if os.path.lexists(path) else 0
