@@ -8,7 +8,6 @@ renamed, so that it is there whole or not at all. Nothing in it is a pickle.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lowvram.disk import check_manifest, new_directory, remove_partials
+from lowvram.disk import check_manifest, new_directory, remove, remove_partials
 from lowvram.errors import CheckpointError
 from lowvram.memory.measure import is_out_of_memory
 from lowvram.random_state import RandomState
@@ -79,7 +78,8 @@ def save_checkpoint(
         kept.append(checkpoint_path(directory, keep))
     for path in list_checkpoints(directory):
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
     return final
 
 

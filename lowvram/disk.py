@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from lowvram.errors import CheckpointError
 
 PARTIAL = ".partial-"
 MANIFEST = "manifest.json"
+_TEMPORARY = "lowvram-"
 
 _FULL = "free some room there"
 _GONE = "the disk or the network mount has failed: see that it is there and whole"
@@ -176,9 +178,16 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a directory with all in it; nothing if there is none."""
+    """A file, a link or a directory with all in it; nothing if there is none.
+
+    A directory loses its name first: under that there is never a part of it.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        gone = path
+        if not path.name.startswith(PARTIAL):
+            gone = path.with_name(f"{PARTIAL}{path.name}-gone-{os.getpid()}")
+            os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
@@ -199,12 +208,27 @@ def remove_partials(directory: Path) -> None:
 
 def remove_partials_of(final: Path) -> None:
     """What crashed processes left of `final`, in a directory that is shared with others."""
-    left = re.compile(rf"{re.escape(f'{PARTIAL}{final.name}')}-(?:old-)?(\d+)")
+    left = re.compile(rf"{re.escape(f'{PARTIAL}{final.name}')}-(?:old-|gone-)?(\d+)")
     for path in final.parent.glob(f"{PARTIAL}*"):
         match = left.fullmatch(path.name)
         if match and not psutil.pid_exists(int(match[1])):
             with suppress(OSError):
                 remove(path)
+
+
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """For as long as the context lasts; those of processes that were killed go first."""
+    with writing(tempfile.gettempdir()):
+        for path in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+            match = re.fullmatch(rf"{_TEMPORARY}(\d+)-\w+", path.name)
+            if match and not psutil.pid_exists(int(match[1])):
+                shutil.rmtree(path, ignore_errors=True)
+        directory = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{os.getpid()}-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def room_for(directory: Path, needed_bytes: int) -> tuple[bool, int]:

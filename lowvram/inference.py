@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowvram.adapters import is_adapter, load_adapter, plain_model
 from lowvram.data import Source, tokenize
+from lowvram.disk import temporary_directory
 from lowvram.display import Display
 from lowvram.errors import RecipeError
 from lowvram.frozen_block import make_blocks_lean
@@ -76,8 +76,8 @@ def evaluate_files(
     positions = context_length(plain_model(loaded).config)
     length = context if context is not None else min(positions, _LONGEST_CONTEXT)
     # Tokens go to a file, so that memory stays flat in the length of the text.
-    with TemporaryDirectory(prefix="lowvram-") as directory:
-        store = tokenize(source, tokenizer, cache_dir=Path(directory), append_eos=False)
+    with temporary_directory() as directory:
+        store = tokenize(source, tokenizer, cache_dir=directory, append_eos=False)
         documents = (
             (store.document(i), int(store.byte_counts[i]), int(store.word_counts[i]))
             for i in range(len(store))

@@ -139,23 +139,25 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture
-def make_recipe(gpt2_dir: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """make_recipe(**{"train.max_steps": 2, ...}) -> a Recipe of a run of seconds."""
+def tiny_recipe(model: Path, text: Path, directory: Path, **changes: Any) -> Any:
+    """A Recipe of a run of a second, which writes into `directory`/run."""
     from lowvram.recipe import load_recipe
 
-    def make(**changes: Any) -> Any:
-        path = tmp_path / "recipe.yaml"
-        path.write_text("model: {name: x}\ndata: {source: x}\n", encoding="utf-8")
-        settings = {
-            "model.name": str(gpt2_dir),
-            "data.source": str(text_file),
-            "train.global_batch_size": 4,
-            "train.max_steps": 3,
-            "train.learning_rate": 1e-2,
-            "generate.max_new_tokens": 4,
-            "output_dir": str(tmp_path / "run"),
-        }
-        return load_recipe(str(path), settings | changes)
+    path = directory / "recipe.yaml"
+    path.write_text("model: {name: x}\ndata: {source: x}\n", encoding="utf-8")
+    settings = {
+        "model.name": str(model),
+        "data.source": str(text),
+        "train.global_batch_size": 4,
+        "train.max_steps": 3,
+        "train.learning_rate": 1e-2,
+        "generate.max_new_tokens": 4,
+        "output_dir": str(directory / "run"),
+    }
+    return load_recipe(str(path), settings | changes)
 
-    return make
+
+@pytest.fixture
+def make_recipe(gpt2_dir: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """make_recipe(**{"train.max_steps": 2, ...}) -> a Recipe of a run of a second."""
+    return lambda **changes: tiny_recipe(gpt2_dir, text_file, tmp_path, **changes)
