@@ -47,15 +47,15 @@ _CURES = {
 }
 
 
-def cannot_write(what: str, error: Exception) -> CheckpointError:
-    """The error of a user whose disk does not take `what`, with what to do about it."""
-    number = error.errno if isinstance(error, OSError) else None
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    cure = _CURES.get(number) if number is not None else None
-    if cure is None:  # safetensors has the reason in its text only
-        known = ((os.strerror(n), words) for n, words in _CURES.items())
-        cure = next((words for text, words in known if text in str(error)), None)
-    return CheckpointError(f"{what}: cannot be written: {reason}" + (f"; {cure}" if cure else ""))
+def disk_error(what: str, error: Exception, *, failed: str = "written") -> CheckpointError:
+    """The error of a user whose disk does not do what it should, with what to do about it."""
+    number, reason = None, str(error)
+    if isinstance(error, OSError):
+        number, reason = error.errno, error.strerror or reason
+    elif found := re.search(r"os error (\d+)", reason):  # as libraries in Rust say it
+        number = int(found[1])
+    cure = _CURES.get(number or 0)
+    return CheckpointError(f"{what}: cannot be {failed}: {reason}" + (f"; {cure}" if cure else ""))
 
 
 @contextmanager
@@ -63,8 +63,11 @@ def writing(what: str | Path) -> Iterator[None]:
     """What goes wrong with the disk inside is a CheckpointError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(str(what), error) from error
+    except Exception as error:
+        # tokenizers knows no kinds of errors at all.
+        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
+            raise disk_error(str(what), error) from error
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from lowvram.adapters import plain_model, save_adapter
 from lowvram.checkpoint import checkpoint_path, load_weights
 from lowvram.directory import RunDirectory
-from lowvram.disk import new_directory, remove
+from lowvram.disk import new_directory, remove, writing
 from lowvram.display import Display
 from lowvram.errors import CheckpointError
 from lowvram.job import Job
@@ -138,7 +138,8 @@ def _write_models(job: Job, display: Display) -> MergeProof:
     rows = [
         tokens[:limit].tolist() for tokens, _, _ in islice(job.plan.held_out(), _PROOF_ROWS)
     ] or [next(job.plan.windows())[0].input_ids[0, :limit].tolist()]
-    remove(directory.merged)
+    with writing(directory.merged):
+        remove(directory.merged)
     if recipe.method.name == "full":
         model = plain_model(state.model)
         if model.dtype != torch.float32:

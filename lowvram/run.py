@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lowvram.checkpoint import newest_facts
 from lowvram.directory import RunDirectory
-from lowvram.disk import write_json
+from lowvram.disk import disk_error, write_json
 from lowvram.display import Display
 from lowvram.errors import DeviceError, DoesNotFit, Interrupted
 from lowvram.finish import finish
@@ -48,6 +48,11 @@ def run(
             return _run(recipe, directory, display, taken, **options)
     except KeyboardInterrupt:
         raise Interrupted(_stopped_at_once(directory)) from None
+    except BrokenPipeError:
+        raise  # of the output: nobody reads on
+    except OSError as error:
+        what = str(error.filename or f"output_dir: {directory.path}")
+        raise disk_error(what, error, failed="used") from error
     except (RuntimeError, MemoryError) as error:
         # In training both are met where they occur; this is before and after it.
         if is_out_of_memory(error):
