@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -21,26 +22,14 @@ from lowvram.display import Display
 from lowvram.errors import CheckpointError, ModelError
 from lowvram.generate import Sampling, generate
 from lowvram.interrupts import Interrupts
-from lowvram.memory.measure import reset_peak
+from lowvram.memory.measure import format_gib, reset_peak
+from lowvram.needs import Needs, needs_of
 from lowvram.perplexity import PerplexityResult, score
 from lowvram.plan import Plan
 from lowvram.recipe import TrainSection, dump_recipe
 from lowvram.train import StepMetrics, TrainState
 
 _PROMPT_TOKENS = 8
-_SMALL_STATE = 4096
-_STATE_BYTES = {
-    "adamw": 8.0,
-    "adamw8bit": 2.1,
-    "paged_adamw8bit": 2.1,
-    "lion8bit": 1.1,
-    "adafactor": 4.0,
-    "sgd": 0.0,
-}
-"""Of an optimizer, for each element of a large tensor; small ones have 8 bytes at most."""
-_OTHER_BYTES = 2**24
-"""Tokenizer, metrics and the like, with much room."""
-_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(kw_only=True)
@@ -187,18 +176,6 @@ class Job:
         tokenizer = self.plan.tokenizer
         return [str(tokenizer.decode(tokens[:_PROMPT_TOKENS])) for tokens, _, _ in documents]
 
-    def disk_bytes(self) -> tuple[int, str]:
-        """What the run needs at most, and for what."""
-        trained = self.state.trainable()
-        weights = sum(p.numel() * p.itemsize for p in trained)
-        each = _STATE_BYTES[self.settings.optimizer]
-        states = sum(int(p.numel() * (each if p.numel() >= _SMALL_STATE else 8)) for p in trained)
-        checkpoints = self.settings.keep_last + 1 + self.settings.keep_best
-        merged = self.plan.parameters.total * _WIDTHS[self.plan.recipe.output_dtype]
-        adapter = 0 if self.plan.recipe.method.name == "full" else weights
-        total = checkpoints * (weights + states) + adapter + merged + _OTHER_BYTES
-        return total, f"{checkpoints} checkpoints and the merged model"
-
 
 class Stopped(Exception):
     """A request to stop has been waiting for too long; what was under way is given up."""
@@ -220,9 +197,11 @@ def start(  # noqa: PLR0913 - what the command was told
     """Build the state; begin with the base's own figures, or go on from a checkpoint."""
     recipe = planned.recipe
     base = base_of(recipe)
+    needs = needs_of(planned)
+    directory.require_room(needs.disk_bytes, needs.disk_words)
+    _warn_of_little_memory(needs, display)
     state = build(recipe, total_steps=planned.total_steps, numerics=planned.numerics)
     job = Job(plan=planned, directory=directory, state=state, base=base, interrupts=interrupts)
-    directory.require_room(*job.disk_bytes())
     if recipe.train.chunked_loss and not state.chunked_loss:
         display.warn("train.chunked_loss: this model changes its logits; using its own loss")
     if resume:
@@ -233,6 +212,15 @@ def start(  # noqa: PLR0913 - what the command was told
     state.before_micro_batch = job.stop_if_urgent
     reset_peak(job.device)
     return job
+
+
+def _warn_of_little_memory(needs: Needs, display: Display) -> None:
+    available = psutil.virtual_memory().available
+    if needs.memory_bytes > available:
+        display.warn(
+            f"this run may need up to {format_gib(needs.memory_bytes)} of the host's memory, of "
+            f"which {format_gib(available)} are free: it may be slow, or be ended by the system"
+        )
 
 
 def _begin(job: Job, display: Display) -> None:

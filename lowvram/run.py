@@ -15,7 +15,8 @@ from lowvram.errors import DeviceError, DoesNotFit, Interrupted
 from lowvram.finish import finish
 from lowvram.interrupts import Interrupts, interrupts
 from lowvram.job import start
-from lowvram.memory.measure import is_device_failure, is_out_of_memory
+from lowvram.memory.measure import format_gib, is_device_failure, is_out_of_memory
+from lowvram.needs import needs_of
 from lowvram.plan import Plan, plan
 from lowvram.recipe import Recipe, with_overrides
 from lowvram.report import RunResult, result_table
@@ -120,11 +121,21 @@ def _names(*values: str | tuple[str, ...] | None) -> list[str]:
     ]
 
 
+def _host_row(planned: Plan) -> tuple[str, str]:
+    needs = needs_of(planned)
+    pinned = f" ({format_gib(needs.pinned_bytes)} pinned)" * (needs.pinned_bytes > 0)
+    return (
+        "host",
+        f"up to {format_gib(needs.memory_bytes)} of memory{pinned}, "
+        f"{format_gib(needs.disk_bytes)} of disk",
+    )
+
+
 def announce(planned: Plan, display: Display) -> None:
     if not display.quiet:
         table = Table.grid(padding=(0, 2))
         table.add_column(justify="right", style="bold")
-        for name, value in planned.describe():
+        for name, value in (*planned.describe(), _host_row(planned)):
             table.add_row(name, escape(value))
         display.show(table)
     for note in planned.notes:

@@ -63,12 +63,13 @@ LAYERS = {
     "report": 5,
     "doctor": 5,
     "plan": 10,
-    "job": 11,
-    "training": 12,
-    "finish": 12,
-    "run": 13,
-    "cli": 14,
-    "__main__": 15,
+    "needs": 11,
+    "job": 12,
+    "training": 13,
+    "finish": 13,
+    "run": 14,
+    "cli": 15,
+    "__main__": 16,
 }
 
 # Third-party package -> the only modules of ours that may import it.
