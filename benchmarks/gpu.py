@@ -8,10 +8,11 @@ Both sides train full rows, with an adapter or in full, in bf16: `Trainer` of tr
 peft, `SFTTrainer` of TRL, and the recipes of this package. Every configuration is first simulated
 for this card and then run on it. After the comparison follow configurations of this package alone,
 which show how exact the prediction is. What the prediction says does not fit is left out; what runs
-out of memory nevertheless is a line of the table, and the next one runs.
+out of memory nevertheless is a line of the table, and the next one runs. Last comes survival.py: a
+run whose memory is taken, and one that is stopped and gone on with to the bit.
 
 Weights are random: neither speed nor memory depends on their values. Exit code 1 if a prediction
-is off by more than 1 %, or if a configuration fails. After `--minutes` nothing new is begun.
+is off by more than 1 %, or if anything fails. After `--minutes` nothing new is begun.
 """
 
 from __future__ import annotations
@@ -450,6 +451,13 @@ def cases_of(arguments: argparse.Namespace, pythons: dict[str, Path]) -> list[Ca
     return [case for case in cases if case.tool == "lowvram" or case.tool in pythons]
 
 
+def survives(device: str) -> bool:
+    """In a process of its own, which has the card for itself."""
+    script = Path(__file__).with_name("survival.py")
+    command = [sys.executable, str(script), "--device", device]
+    return subprocess.run(command, check=False).returncode == 0
+
+
 def main() -> None:
     arguments = parse()
     if arguments.rate:
@@ -484,7 +492,8 @@ def main() -> None:
     if arguments.json:
         found = {"card": card.slug, "rate": rate, "lines": [asdict(line) for line in lines]}
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    sys.exit(0 if all(line.is_right for line in lines) else 1)
+    survived = not device or survives(device)
+    sys.exit(0 if survived and all(line.is_right for line in lines) else 1)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 COMMON = {
     "data.format": "document",
+    "data.validation_fraction": 0,
     "train.global_batch_size": 2,
     "train.max_steps": 2,
     "evaluate.max_tokens": 2048,

@@ -374,6 +374,13 @@ def test_workspaces(
     assert (workspace_bytes(target), lt_workspace_bytes(target)) == (cublas, cublaslt)
 
 
+def test_a_configured_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(compute_capability=(8, 9), multiprocessors=60)
+    for setting, size in ((":4096:8", 32 * 2**20), (":16:8", 2**17), (":4096:2:16:8", 8_519_680)):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", setting)
+        assert workspace_bytes(target) == size
+
+
 # Reductions
 
 

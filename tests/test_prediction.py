@@ -40,6 +40,19 @@ def shape_of(rows: int = 4, seq_len: int = 64, checkpointing: bool = False) -> B
     return BatchShape(micro_batch_size=rows, seq_len=seq_len, gradient_checkpointing=checkpointing)
 
 
+def test_deterministic_kernels_are_predicted_and_not_left_on(make_recipe: MakeRecipe) -> None:
+    """cuBLAS gets 8 buffers of 4 MiB then, in each of the two threads that multiply."""
+    card = find_card("rtx-4070-ti")
+    plain = predict(card, make_recipe(), shape_of()).categories
+    exact = predict(card, make_recipe(**{"train.deterministic": True}), shape_of()).categories
+    assert plain["workspaces"] == 2 * 8_519_680
+    assert exact["workspaces"] == 2 * 8 * 4096 * 1024
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert predict(card, make_recipe(), shape_of()).categories == plain
+
+
 # --- predictions ----------------------------------------------------------------------------------
 
 
