@@ -8,7 +8,7 @@ renamed, so that it is there whole or not at all. Nothing in it is a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,7 @@ def save_checkpoint(
     `fingerprint` is compared when it is loaded; `run` are JSON values that come back then.
     """
     final = checkpoint_path(directory, state.step)
-    with new_directory(final, manifest=True) as partial:
+    with new_directory(final, replace=True, manifest=True) as partial:
         partial.mkdir()
         _write(state, partial, {"fingerprint": dict(fingerprint), "run": dict(run or {})})
     remove_partials(directory)
@@ -111,10 +111,10 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_facts(directory: Path) -> dict[str, Any] | None:
-    """What the newest whole checkpoint says; None if there is none."""
+    """What the newest checkpoint says; None if there is none. Its tensors are not looked at."""
     for path in reversed(list_checkpoints(directory)):
         with suppress(OSError, ValueError):
-            return _read_facts(path)
+            return _read_facts(path, (STATE_FILE,))
     return None
 
 
@@ -159,8 +159,10 @@ def load_weights(state: TrainState, path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    check_manifest(path, (WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE))
+def _read_facts(
+    path: Path, names: Sequence[str] = (STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)
+) -> dict[str, Any]:
+    check_manifest(path, names)
     facts = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         found = facts.get("format") if isinstance(facts, dict) else None

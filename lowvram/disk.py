@@ -97,11 +97,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_directory(final: Path, *, manifest: bool = False) -> Iterator[Path]:
+def new_directory(final: Path, *, replace: bool = False, manifest: bool = False) -> Iterator[Path]:
     """A directory to be filled, which takes the place of `final` in the end or leaves nothing.
 
-    What is at `final` is replaced. With `manifest`, sizes and hashes of its files are put beside
-    them, for `check_manifest`.
+    Without `replace` there must be nothing at `final`. With `manifest`, sizes and hashes of its
+    files are put beside them, for `check_manifest`.
     """
     partial = final.with_name(f"{PARTIAL}{final.name}-{os.getpid()}")
     with writing(final):
@@ -115,6 +115,8 @@ def new_directory(final: Path, *, manifest: bool = False) -> Iterator[Path]:
             for path in sorted(partial.rglob("*")):
                 sync(path)
             sync(partial)
+            if not replace and os.path.lexists(final):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
             _put(partial, final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -234,10 +236,14 @@ def temporary_directory() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def existing(directory: Path) -> Path:
+    """It, or what there is already of the way to it."""
+    return next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+
+
 def room_for(directory: Path, needed_bytes: int) -> tuple[bool, int]:
     """Whether a directory, there already or not, has room for so many bytes; and how many."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing(directory)).free
     return needed_bytes <= free, free
 
 

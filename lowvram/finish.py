@@ -155,7 +155,7 @@ def _write_models(job: Job, display: Display) -> MergeProof:
             dtype=recipe.output_dtype,
         )
     else:
-        with new_directory(directory.adapter) as partial:
+        with new_directory(directory.adapter, replace=True) as partial:
             save_adapter(state.model, partial, job.base)
         proof = merge(
             directory.adapter, directory.merged, dtype=recipe.output_dtype, proof_tokens=rows

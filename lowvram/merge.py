@@ -25,7 +25,7 @@ from lowvram.adapters import (
     merging_in_turn,
     recorded_base,
 )
-from lowvram.disk import new_directory, remove_partials_of, room_for
+from lowvram.disk import existing, new_directory, remove_partials_of, room_for
 from lowvram.errors import CheckpointError, ModelError, ProofError
 from lowvram.memory.measure import format_gib
 from lowvram.model import (
@@ -235,6 +235,6 @@ def _require_room(output: Path, layout: Layout) -> None:
     enough, free = room_for(output.parent, needed)
     if not enough:
         raise CheckpointError(
-            f"{output}: needs {format_gib(needed)} of disk, {output.parent.absolute()} has "
+            f"{output}: needs {format_gib(needed)} of disk, {existing(output.parent)} has "
             f"{format_gib(free)} free"
         )

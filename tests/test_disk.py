@@ -141,7 +141,7 @@ def test_other_errors_are_not_the_disks() -> None:
 
 
 def fill(directory: Path, text: str) -> None:
-    with new_directory(directory, manifest=True) as partial:
+    with new_directory(directory, replace=True, manifest=True) as partial:
         partial.mkdir()
         (partial / "a").write_text(text)
         (partial / "b").write_text("b")
@@ -171,6 +171,20 @@ def test_a_directory_is_replaced_whole_or_not_at_all(
     # When only the last flush fails, the new one is in its place already, and whole.
     assert read(final) in (("old", "new") if failed else ("new",))
     remove_partials(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
+    """Two processes make the same directory: the second finds that of the first."""
+    fill(tmp_path / "final", "first")
+
+    def second() -> None:
+        with new_directory(tmp_path / "final") as partial:
+            partial.mkdir()
+
+    with pytest.raises(CheckpointError, match="cannot be written: File exists"):
+        second()
+    assert read(tmp_path / "final") == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
