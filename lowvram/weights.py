@@ -19,9 +19,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from lowvram.errors import ProofError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from lowvram.safetensors_header import INDEX_FILE
 
 _SHARD = "5GB"
 _METADATA = {"format": "pt"}
