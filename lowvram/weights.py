@@ -50,8 +50,8 @@ def write_weights(
 ) -> None:
     """`tensors`, each once and in any order, in the dtypes of `layout`; files of at most 5 GB.
 
-    What was written is read again: a ProofError if it is not bit for bit what was given, or if
-    that was not all and only what `layout` says.
+    What was written is read again: a ProofError if it is not bit for bit what was given, if that
+    was not all and only what `layout` says, or for numbers that fp16 has no room for.
     """
     split = split_torch_state_dict_into_shards(
         dict(layout), filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
@@ -65,7 +65,11 @@ def write_weights(
             place = places.pop(name, None)
             if place is None or tensor.shape != layout[name].shape:
                 raise ProofError(f"{directory.name}: {name} is not a tensor of the model")
-            _write(*place, _bytes_of(tensor.to("cpu", layout[name].dtype)), name)
+            stored = tensor.to("cpu", layout[name].dtype)
+            if not _is_finite(stored):
+                kind = str(stored.dtype).removeprefix("torch.")
+                raise ProofError(f"not written, since {name} is not finite in {kind}")
+            _write(*place, _bytes_of(stored), name)
     if places:
         raise ProofError(f"{directory.name}: lacks {', '.join(sorted(places)[:3])}")
     if split.is_sharded:
@@ -92,6 +96,12 @@ def _begin(file: FileIO, layout: Layout) -> dict[str, tuple[FileIO, int]]:
     _put(file, np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8))
     file.truncate(8 + len(text) + end)
     return {name: (file, 8 + len(text) + offset) for name, offset in offsets.items()}
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
