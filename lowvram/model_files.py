@@ -46,7 +46,7 @@ _COUNTS = re.compile(r"(layers?|blocks|depth|experts|attention_types)$")
 _LAYERS = ("n_layer", "num_layers", "num_hidden_layers")
 
 
-def check_directory(directory: Path) -> None:
+def check_directory(directory: Path, where: str = "model.name: ") -> None:
     """What may be read of it is of a usual size, a regular file, and lies in the directory."""
     home = directory.resolve()
     # The cache of the hub keeps each file once, in `blobs`, and links to it.
@@ -57,19 +57,19 @@ def check_directory(directory: Path) -> None:
             status = real.stat()
         except (OSError, RuntimeError) as error:  # a link to nowhere, or to itself
             raise ModelError(
-                f"model.name: {path} is a link that leads nowhere; put the file itself there"
+                f"{where}{path} is a link that leads nowhere; put the file itself there"
             ) from error
         if not any(real.is_relative_to(place) for place in homes):
             raise ModelError(
-                f"model.name: {path} is a link to {real}, outside of its directory; give the "
+                f"{where}{path} is a link to {real}, outside of its directory; give the "
                 "directory that the files are in, or put the file itself there"
             )
         if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"model.name: {path} is not a regular file; put the file itself there")
+            raise ModelError(f"{where}{path} is not a regular file; put the file itself there")
         limit = _limit(path.name)
         if limit is not None and status.st_size > limit:
             raise ModelError(
-                f"model.name: {path} has {status.st_size:,} bytes, at most {limit:,} are read; "
+                f"{where}{path} has {status.st_size:,} bytes, at most {limit:,} are read; "
                 "it is not what its name says, get the directory anew from where it came"
             )
 

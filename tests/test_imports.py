@@ -27,6 +27,7 @@ LAYERS = {
     "names": 1,
     "memory": 1,
     "safetensors_header": 0,
+    "adapter_check": 1,
     "model_files": 1,
     "weight_check": 1,
     "weights": 1,
