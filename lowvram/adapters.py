@@ -21,17 +21,22 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lowvram.adapter_check import check_settings, layers_of
 from lowvram.errors import ModelError
 from lowvram.folded_lora import fold
+from lowvram.model_files import check_directory, read_object
+from lowvram.safetensors_header import read_header
+from lowvram.weight_check import check_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 BASE_FILE = "base.json"
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,35 +155,42 @@ def is_adapter(directory: Path) -> bool:
 
 def recorded_base(directory: Path) -> tuple[str | None, str | None, str | None]:
     """Name if it has one, revision and, if we wrote the adapter, weight hash of its base."""
+    check_directory(directory, where="")
     try:
         if (directory / BASE_FILE).is_file():
-            facts = json.loads((directory / BASE_FILE).read_text(encoding="utf-8"))
-            return facts["name"], facts["revision"], facts["sha256"]
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        return config.get("base_model_name_or_path"), config.get("revision"), None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            facts = read_object(directory / BASE_FILE)
+            found = facts["name"], facts["revision"], facts["sha256"]
+        else:
+            config = read_object(directory / CONFIG_FILE)
+            found = config.get("base_model_name_or_path"), config.get("revision"), None
+        if not all(value is None or isinstance(value, str) for value in found):
+            raise ValueError("its base has to be named by strings")
+        return found
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{directory}: is no readable adapter ({error})") from error
 
 
 def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
-    """Put a saved adapter on its base, for evaluation."""
+    """Put a saved adapter on its base, for evaluation.
+
+    What its files say is compared with the base first; then peft builds what the file holds.
+    """
+    check_directory(directory, where="")
     if not (directory / ADAPTER_FILE).is_file():
         raise ModelError(
             f"{directory}: has no {ADAPTER_FILE}; adapters stored as a pickle "
             "(adapter_model.bin) are not opened, save them as safetensors"
         )
     try:
-        if PeftConfig.from_pretrained(directory).is_prompt_learning:
-            raise ModelError(
-                f"{directory}: is a learned prompt, not layers; it can be neither merged nor scored"
-            )
+        config = _checked_config(model, directory)
         with _quiet_peft():
             # peft warns of tensors that the file lacks, and leaves them at their start values
             warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
-            loaded: PeftModel = PeftModel.from_pretrained(model, directory, is_trainable=False)
+            loaded: PeftModel = PeftModel.from_pretrained(
+                model, directory, is_trainable=False, config=config
+            )
             wanted = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
-        with safe_open(directory / ADAPTER_FILE, framework="pt") as file:
-            found = set(file.keys())
+        found = set(read_header(directory / ADAPTER_FILE))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
@@ -190,6 +202,24 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
             f"{directory}: the adapter does not fit its base: {different[0]} is not in the {place}"
         )
     return loaded
+
+
+def _checked_config(model: PreTrainedModel, directory: Path) -> PeftConfig:
+    """peft's settings, with the layers that the file holds in place of rules to find them."""
+    settings = read_object(directory / CONFIG_FILE)
+    if settings.get("peft_type") in _PROMPTS:
+        raise ModelError(
+            f"{directory}: is a learned prompt, not layers; it can be neither merged nor scored"
+        )
+    check_settings(settings)
+    file = directory / ADAPTER_FILE
+    header = read_header(file)
+    layers = layers_of(header, settings, model)
+    check_finite({name: (file, entry) for name, entry in header.items()}, header)
+    config = PeftConfig.from_pretrained(directory)
+    config.target_modules = set(layers)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
 
 
 def merged_tensors(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

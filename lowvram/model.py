@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,12 +29,21 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import logging as transformers_logging
 
 from lowvram.attention import use_own_attention
-from lowvram.errors import LowVRAMError, ModelError
+from lowvram.errors import ModelError
 from lowvram.known_models import known_settings
-from lowvram.weights import INDEX_FILE, SINGLE_FILE, Layout, write_weights
+from lowvram.library_errors import hub_errors, model_errors, quiet_libraries
+from lowvram.model_files import (
+    check_config,
+    check_directory,
+    refuse_file,
+    refuse_other_formats,
+    weight_files_of,
+)
+from lowvram.safetensors_header import INDEX_FILE, SINGLE_FILE
+from lowvram.weight_check import check_weights, refuse_misfits
+from lowvram.weights import Layout, write_weights
 
 BaseDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 
@@ -61,15 +68,19 @@ def locate(name: str, revision: str | None = None, *, weights: bool = False) -> 
             raise ModelError(f"model.name: found {name!r}, embedded models are: {known}")
         return embedded[name]
     with contextlib.suppress(OSError, RuntimeError):  # too long for a name; ~ of nobody
-        if Path(name).expanduser().is_dir():
-            return Path(name).expanduser()
+        path = Path(name).expanduser()
+        if path.is_dir():
+            check_directory(path)
+            return path
+        if path.exists():
+            refuse_file(path)
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model.name: {name!r} is no directory ({Path(name).absolute()} does not exist) "
             "and no model id of the hub (NAME or ORGANISATION/NAME)"
         )
-    with _hub_errors(name), _quiet_libraries():
-        return Path(
+    with hub_errors(name), quiet_libraries():
+        found = Path(
             snapshot_download(
                 name,
                 revision=revision,
@@ -77,11 +88,14 @@ def locate(name: str, revision: str | None = None, *, weights: bool = False) -> 
                 ignore_patterns=["*/*"],
             )
         )
+    check_directory(found)
+    return found
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     directory = locate(name, revision)
-    with _model_errors(name):
+    with model_errors(name):
+        check_config(directory)
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return config
 
@@ -97,7 +111,7 @@ def known_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     directory = locate(name, revision)
-    with _model_errors(name):
+    with model_errors(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False
         )
@@ -111,7 +125,22 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             f"model.name: the tokenizer of {name!r} has no end-of-text token (eos_token); "
             "a model cannot learn where a document ends without one"
         )
+    if (directory / "config.json").is_file():
+        check_vocabulary(tokenizer, load_config(name, revision), name)
     return tokenizer
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str
+) -> None:
+    """Every token of the tokenizer, added ones too, has to have its place in the embedding."""
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    rows = config.get_text_config().vocab_size
+    if tokens > rows:
+        raise ModelError(
+            f"model.name: the tokenizer of {name!r} has {tokens} tokens, its "
+            f"model {rows}; they do not belong together"
+        )
 
 
 def load_model(
@@ -132,8 +161,11 @@ def load_model(
     if dtype in ("int8", "nf4"):
         options["quantization_config"] = _quantization(dtype, compute_dtype)
         options["device_map"] = {"": device}
-    weight_files(name, revision)  # refuses pickles before anything is read
-    with _model_errors(name), _quiet_libraries():
+    files = weight_files(name, revision)
+    empty = _on_meta(load_config(name, revision), name)
+    with model_errors(name):
+        check_weights(name, empty, layout_of(empty), files)
+    with model_errors(name), quiet_libraries():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             locate(name, revision, weights=True),
             trust_remote_code=False,
@@ -144,19 +176,7 @@ def load_model(
             **options,
         )
     model, report = loaded
-    mismatched = sorted(report["mismatched_keys"])
-    if mismatched:
-        key, found, wanted = mismatched[0]
-        raise ModelError(
-            f"model.name: {len(mismatched)} tensors of {name!r} have other shapes than its "
-            f"config.json says: {key} is {tuple(found)}, not {tuple(wanted)}"
-        )
-    missing = sorted(map(str, report["missing_keys"]))
-    if missing:
-        raise ModelError(
-            f"model.name: the weights of {name!r} lack {len(missing)} tensors of the model "
-            f"({', '.join(missing[:3])}, ...); it is not a whole plain checkpoint"
-        )
+    refuse_misfits(name, report["mismatched_keys"], report["missing_keys"])
     if "device_map" not in options:
         model.to(device)
     for module in model.modules():
@@ -181,7 +201,7 @@ def blank_model(
     device: str = "cpu",
 ) -> PreTrainedModel:
     """What `load_model` gives for weights that are not there: for the simulated device."""
-    with _model_errors(config.name_or_path or config.model_type), _quiet_libraries():
+    with model_errors(config.name_or_path or config.model_type), quiet_libraries():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config,
             trust_remote_code=False,
@@ -234,8 +254,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def empty_model(name: str, revision: str | None = None) -> PreTrainedModel:
     """The model on the meta device: shapes, no weights."""
-    config = known_config(name, revision)
-    with _model_errors(name), torch.device("meta"):
+    return _on_meta(known_config(name, revision), name)
+
+
+def _on_meta(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    with model_errors(name), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
@@ -291,23 +314,19 @@ def parameter_count(model: nn.Module, *, trainable: bool = False) -> int:
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
     """The safetensors files of a model, sorted."""
     directory = locate(name, revision, weights=True)
-    if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
-    if (directory / INDEX_FILE).is_file():
-        with _model_errors(name):
-            index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
-            files = sorted({Path(file).name for file in index["weight_map"].values()})
-        if absent := [file for file in files if not (directory / file).is_file()]:
-            raise ModelError(f"model.name: {name!r} lacks {absent[0]}, which {INDEX_FILE} names")
-        return [directory / file for file in files]
-    pickles = sorted(path.name for path in directory.glob("*.bin"))
-    if pickles:
+    if (directory / "adapter_config.json").exists():
         raise ModelError(
-            f"model.name: {name!r} has its weights as a pickle ({pickles[0]}), which can run "
-            "code when it is opened; convert it to safetensors where you trust it, for example "
-            "with transformers' save_pretrained, and name that directory"
+            f"model.name: {name!r} has an adapter in it (adapter_config.json); merge that, or "
+            "name a directory with a model alone"
         )
-    raise ModelError(f"model.name: found no {SINGLE_FILE} in {name!r}")
+    with model_errors(name):
+        files = weight_files_of(directory)
+    if absent := [path.name for path in files if not path.is_file()]:
+        raise ModelError(f"model.name: {name!r} lacks {absent[0]}, which {INDEX_FILE} names")
+    if not files:
+        refuse_other_formats(name, directory)
+        raise ModelError(f"model.name: found no {SINGLE_FILE} in {name!r}")
+    return files
 
 
 def weights_sha256(name: str, revision: str | None = None) -> str:
@@ -357,7 +376,7 @@ def save_plain(
     config.architectures = [type(model).__name__]
     config.dtype = str(kind).removeprefix("torch.")
     directory.mkdir(parents=True)
-    with _quiet_libraries():
+    with quiet_libraries():
         config.save_pretrained(directory)
         if model.can_generate():
             model.generation_config.save_pretrained(directory)
@@ -370,52 +389,3 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     backend = tokenizer.backend_tokenizer.model
     if type(backend).__name__ == "BPE":
         backend.save(str(directory))  # vocab.json and merges.txt, which older tools want
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"model.name: {name!r} is no directory here ({Path(name).absolute()} does not exist), "
-            "and the hub could not be asked for it or does not have it "
-            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Give a "
-            "directory with config.json and model.safetensors, or connect to the network once"
-        ) from error
-
-
-@contextlib.contextmanager
-def _model_errors(name: str) -> Iterator[None]:
-    """What the libraries raise on a bad file, in the words of the recipe.
-
-    That can be anything: a bare Exception from tokenizers, a division by zero for `n_head: 0`.
-    """
-    try:
-        yield
-    except (LowVRAMError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-        raise ModelError(
-            f"model.name: cannot load {name!r}: {reason.rstrip('.')}. "
-            "Give a directory with config.json and model.safetensors, or a model id of the hub "
-            "(which needs a network connection the first time)"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Loading bars and load reports are for a notebook; the run shows its own progress."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

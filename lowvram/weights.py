@@ -8,7 +8,7 @@ tensors of a file at once, and copies them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
@@ -19,9 +19,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from lowvram.errors import ProofError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from lowvram.safetensors_header import INDEX_FILE
 
 _SHARD = "5GB"
 _METADATA = {"format": "pt"}
@@ -55,8 +53,8 @@ def write_weights(
 ) -> None:
     """`tensors`, each once and in any order, in the dtypes of `layout`; files of at most 5 GB.
 
-    What was written is read again: a ProofError if it is not bit for bit what was given, or if
-    that was not all and only what `layout` says.
+    What was written is read again: a ProofError if it is not bit for bit what was given, if that
+    was not all and only what `layout` says, or for numbers that fp16 has no room for.
     """
     split = split_torch_state_dict_into_shards(
         dict(layout), filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
@@ -66,7 +64,7 @@ def write_weights(
         for file_name, names in split.filename_to_tensors.items():
             file = files.enter_context((directory / file_name).open("w+b", buffering=0))
             places |= _begin(file, {name: layout[name] for name in names})
-        _fill(places, layout, tensors, directory.name)
+        _fill(places, layout, _finite(tensors, layout), directory.name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -77,6 +75,18 @@ def write_file(path: Path, layout: Layout, tensors: Iterable[tuple[str, torch.Te
     """As `write_weights`, but all into one file."""
     with path.open("w+b", buffering=0) as file:
         _fill(_begin(file, layout), layout, tensors, path.name)
+
+
+def _finite(
+    tensors: Iterable[tuple[str, torch.Tensor]], layout: Layout
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """In the dtypes of `layout`, in which a number may be too large."""
+    for name, tensor in tensors:
+        stored = tensor.to("cpu", layout[name].dtype) if name in layout else tensor
+        if not _is_finite(stored):
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise ProofError(f"not written, since {name} is not finite in {kind}")
+        yield name, stored
 
 
 def _fill(
@@ -109,6 +119,12 @@ def _begin(file: FileIO, layout: Layout) -> Places:
     _put(file, np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8))
     file.truncate(8 + len(text) + end)
     return {name: (file, 8 + len(text) + offset) for name, offset in offsets.items()}
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -345,9 +345,9 @@ class TestCache:
     ) -> None:
         first = run(path, tokenizer)
         answers = iter([None])
-        real = sys.modules["lowvram.data.store"].open_store
+        real = sys.modules["lowvram.data.cache"].open_entry
         monkeypatch.setattr(
-            "lowvram.data.tokens.open_store",
+            "lowvram.data.tokens.open_entry",
             lambda entry, cached: next(answers, real(entry, cached=cached)),
         )
         assert run(path, tokenizer).sha256 == first.sha256

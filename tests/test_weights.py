@@ -116,3 +116,12 @@ def test_bytes_that_are_not_those_written_are_found(
         write_weights(tmp_path, TENSORS, TENSORS.items())
 
     assert str(error.value) == "model.safetensors: single is not what was written"
+
+
+def test_numbers_too_large_for_the_format_are_refused(tmp_path: Path) -> None:
+    """1e5 is infinity in fp16; a checkpoint of it would answer NaN."""
+    weights = {"a": torch.tensor([1.0, 1e5])}
+    layout = {"a": torch.empty(2, dtype=torch.float16, device="meta")}
+
+    with pytest.raises(ProofError, match="not written, since a is not finite in float16"):
+        write_weights(tmp_path, layout, weights.items())

@@ -14,7 +14,7 @@ from lowvram.data import text
 from lowvram.data.columns import columns_of
 from lowvram.data.files import TABLES, resolve
 from lowvram.data.hub import hub_rows
-from lowvram.data.pieces import PIECE_CHARACTERS, parts, pieces_of, with_end
+from lowvram.data.pieces import PIECE_CHARACTERS, LongStretch, parts, pieces_of, with_end
 from lowvram.data.reference import reference_documents, reference_topics
 from lowvram.data.source import Origin, Piece, ReadReport, Source
 from lowvram.data.tables import Row, read_rows
@@ -41,21 +41,30 @@ def read_pieces(
     DataError for what cannot be read, and in the end if there was no document at all.
     """
     for origin in resolve(source, report) if origins is None else origins:
-        if streams(origin, source, split_long):
-            assert origin.path is not None
-            yield from STREAMS[source.format](origin.path, source.encoding, report)
-            continue
-        for prompt, completion in examples(origin, source, report):
-            if not completion or completion.isspace():
-                report.blank += 1
-                continue
-            report.documents += 1
-            yield from pieces_of(prompt, completion, split_long)
+        try:
+            yield from origin_pieces(origin, source, report, split_long)
+        except LongStretch as error:
+            raise DataError(f"{origin.name}: {error}") from error
     if report.documents == 0:
         raise DataError(
             f"data.source {', '.join(source.names)}: there is no text in it: {report}. "
             "Give a source with at least one text"
         )
+
+
+def origin_pieces(
+    origin: Origin, source: Source, report: ReadReport, split_long: bool
+) -> Iterator[Piece]:
+    if streams(origin, source, split_long):
+        assert origin.path is not None
+        yield from STREAMS[source.format](origin.path, source.encoding, report)
+        return
+    for prompt, completion in examples(origin, source, report):
+        if not completion or completion.isspace():
+            report.blank += 1
+            continue
+        report.documents += 1
+        yield from pieces_of(prompt, completion, split_long)
 
 
 def streams(origin: Origin, source: Source, split_long: bool) -> bool:

@@ -14,7 +14,7 @@ BLOCK_BYTES = 1 << 16
 def check_encoding(encoding: str) -> None:
     try:
         is_text = codecs.lookup(encoding)._is_text_encoding
-    except LookupError:
+    except (LookupError, ValueError):  # a NUL in it
         is_text = False
     if not is_text:
         raise DataError(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lowvram.data.hub import load_hub
-from lowvram.data.source import Origin, ReadReport, Source
+from lowvram.data.source import Origin, ReadReport, Source, status_of
 from lowvram.errors import DataError
 
 EMBEDDED = "embedded:python-reference"
@@ -52,7 +52,7 @@ def check_names(names: Iterable[str]) -> None:
     """Raises the DataError of `resolve` for what it would refuse without asking the hub."""
     for name in names:
         if not local_origins(name, ReadReport()) and not may_be_hub_id(name):
-            raise not_found(name, Path(name).expanduser())
+            raise not_found(name, path_of(name))
 
 
 def resolve_name(name: str, source: Source, report: ReadReport) -> list[Origin]:
@@ -61,7 +61,18 @@ def resolve_name(name: str, source: Source, report: ReadReport) -> list[Origin]:
         return found
     if may_be_hub_id(name):
         return [Origin(name=name, dataset=load_hub(name, source.config, source.split))]
-    raise not_found(name, Path(name).expanduser())
+    raise not_found(name, path_of(name))
+
+
+def path_of(name: str) -> Path:
+    """Of a name that may be no name at all: DataError."""
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long; the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data.source {name[:80]!r}: no file has such a name: {reason}") from error
+    return path
 
 
 def local_origins(name: str, report: ReadReport) -> list[Origin]:
@@ -70,7 +81,7 @@ def local_origins(name: str, report: ReadReport) -> list[Origin]:
         if name != EMBEDDED:
             raise DataError(f"data.source {name!r}: the only embedded text is {EMBEDDED!r}")
         return [Origin(name=name)]
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.is_dir():
         found = list(files_below(path))
         kept = [file for file in found if file.suffix.lower() in TABLES | TEXTS]
@@ -122,14 +133,14 @@ def named_file(path: Path) -> Origin:
         )
     if not path.is_file():
         raise DataError(f"{path}: not a regular file: give a file or a directory")
-    if path.stat().st_size == 0:
+    if status_of(path).st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes): give a file with text in it")
     return file_origin(path)
 
 
 def usable(found: list[Path], kept: list[Path], what: str, report: ReadReport) -> list[Origin]:
     """The files kept, without empty ones; what is left of those found is counted."""
-    kept = [file for file in kept if file.stat().st_size > 0]
+    kept = [file for file in kept if status_of(file).st_size > 0]
     report.files_skipped += len(found) - len(kept)
     if not kept:
         raise DataError(

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowvram.data import source
+from lowvram.data.source import too_long
 from lowvram.errors import DataError
 
 TOKEN_CHARACTERS = 16
@@ -31,6 +33,8 @@ class Reader:
     def more(self) -> bool:
         """Double what is unread, so that time stays linear in a long value; False at the end."""
         unread = self.text[self.position :]
+        if len(unread) > source.VALUE_CHARACTERS:
+            raise too_long(f"{self.path}:{self.line}", "a value")
         parts = [unread]
         wanted = max(1, len(unread))
         while wanted > 0 and (chunk := next(self.chunks, "")):
@@ -84,10 +88,19 @@ def next_value(reader: Reader) -> Any:
                 f"{reader.path}:{line}: malformed JSON: {error.msg}. "
                 "A .json file is an array of objects or strings"
             ) from error
+        except (ValueError, RecursionError) as error:  # of a number, of brackets in brackets
+            raise malformed(f"{reader.path}:{reader.line}", error) from error
         # A number may go on beyond the window; objects and strings end by themselves.
         if end < len(reader.text) or isinstance(value, dict | list | str) or not reader.more():
             reader.move(end)
             return value
+
+
+def malformed(where: str, error: Exception) -> DataError:
+    """For JSON that is well formed and still cannot be read."""
+    deep = isinstance(error, RecursionError)
+    found = "brackets in brackets, too many" if deep else "a number of thousands of digits"
+    return DataError(f"{where}: malformed JSON: {found}: write the text as a string")
 
 
 def may_be_cut_off(error: json.JSONDecodeError) -> bool:

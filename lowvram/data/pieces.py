@@ -17,11 +17,18 @@ import re
 from collections.abc import Iterable, Iterator
 
 from lowvram.data.source import Piece
+from lowvram.errors import DataError
 
 PIECE_CHARACTERS = 1 << 11
 """The tokenizer is at its fastest with texts of about this size, and takes a quarter longer for
 those of 16,000 characters."""
+STRETCH_CHARACTERS = 1 << 25
+"""Of a text that is tokenised in one go, for which a tokenizer takes 130 bytes a character."""
 CUT = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
+
+
+class LongStretch(DataError):
+    """Of which file is for the reader to add."""
 
 
 def pieces_of(prompt: str, text: str, split_long: bool) -> Iterator[Piece]:
@@ -49,10 +56,21 @@ def parts(chunks: Iterable[str], split_long: bool = True) -> Iterator[str]:
         unread += chunk
         start = 0
         while split_long and (cut := CUT.search(unread, max(searched, start + PIECE_CHARACTERS))):
-            yield unread[start : cut.start()]
+            yield stretch(unread[start : cut.start()])
             start = cut.start()
         # Without a place to cut, the part grows; what was searched is not searched again.
-        unread = unread[start:]
+        unread = stretch(unread[start:])
         searched = len(unread) - 2
     if unread:
         yield unread
+
+
+def stretch(text: str) -> str:
+    """The text, if a tokenizer can take it as a whole."""
+    if len(text) > STRETCH_CHARACTERS:
+        raise LongStretch(
+            f"a text that begins {text[:40]!r} goes on for more than {STRETCH_CHARACTERS:,} "
+            "characters without a place where the tokenizer lets it be cut: break it into lines, "
+            "and set data.format: lines"
+        )
+    return text

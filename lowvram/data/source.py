@@ -5,6 +5,7 @@ Nothing here opens a file.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from lowvram.errors import DataError
 
 FORMATS = ("auto", "lines", "paragraphs", "document")
+
+VALUE_CHARACTERS = 1 << 28
+"""Of what has to be in memory at once: a line, a row, a paragraph, a value of JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,4 +103,21 @@ class Origin:
     @property
     def size_bytes(self) -> int | None:
         """None where it is not known before reading."""
-        return None if self.path is None else self.path.stat().st_size
+        return None if self.path is None else status_of(self.path).st_size
+
+
+def status_of(path: Path) -> os.stat_result:
+    """Of a file that was there when it was looked for."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}: leave it in place while it is used"
+        ) from error
+
+
+def too_long(where: str, what: str) -> DataError:
+    return DataError(
+        f"{where}: {what} of more than {VALUE_CHARACTERS:,} characters, which has to be in memory "
+        "as a whole: break it into several"
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,8 +121,10 @@ class StoreWriter:
         (self.directory / "store.json").write_text(json.dumps(about), encoding="utf-8")
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+        """Every file is closed, even where the disk has no room for the rest of another."""
+        with ExitStack() as stack:
+            for file in self.files.values():
+                stack.callback(file.close)
 
 
 def digest(directory: Path) -> str:
@@ -136,6 +139,16 @@ def digest(directory: Path) -> str:
     return total.hexdigest()
 
 
+def is_consistent(tokens: NDArray[Any], starts: NDArray[np.int64], **columns: NDArray[Any]) -> bool:
+    """Whether the documents are all of the tokens, and every array is of the same documents."""
+    return bool(
+        starts[0] == 0
+        and starts[-1] == len(tokens)
+        and (np.diff(starts) >= 0).all()
+        and all(len(column) == len(starts) - 1 for column in columns.values())
+    )
+
+
 def open_store(directory: Path, *, cached: bool) -> TokenStore | None:
     """The store in a directory; None if there is none, or if it is not what was written."""
     try:
@@ -147,6 +160,8 @@ def open_store(directory: Path, *, cached: bool) -> TokenStore | None:
             for name, code in {"tokens": about["tokens"], **ARRAYS}.items()
         }
         report = ReadReport(**about["report"])
+        if about["tokens"] not in ("uint16", "uint32") or not is_consistent(**arrays):
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return TokenStore(**arrays, report=report, sha256=about["sha256"], cached=cached)

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowvram.data import source as limits
 from lowvram.data.columns import columns_of, find_columns, missing_columns
-from lowvram.data.json_values import json_values
-from lowvram.data.source import ReadReport, Source
+from lowvram.data.json_values import json_values, malformed
+from lowvram.data.source import ReadReport, Source, status_of, too_long
 from lowvram.data.text import checked_lines, chunks, open_text
 from lowvram.errors import DataError
 
-FIELD_CHARACTERS = 1 << 30
 ROWS_AT_ONCE = 256
 BUFFER_BYTES = 1 << 20
 
@@ -37,13 +37,14 @@ def read_rows(path: Path, source: Source, report: ReadReport) -> Iterator[Row]:
 
 def csv_rows(path: Path, source: Source, report: ReadReport) -> Iterator[Row]:
     # A limit of the whole process, 128 KiB at first; it is read while parsing, so it stays raised.
-    csv.field_size_limit(max(csv.field_size_limit(), FIELD_CHARACTERS))
+    csv.field_size_limit(max(csv.field_size_limit(), limits.VALUE_CHARACTERS))
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with open_text(path, source.encoding, report, newline="") as file:
         # strict: an unbalanced quote would otherwise swallow the rest of the file as one field.
-        reader = csv.reader(checked_lines(file, path), delimiter=delimiter, strict=True)
+        lines = RecordLines(path, checked_lines(file, path))
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            yield from records(path, reader, source, report)
+            yield from records(path, reader, lines, source, report)
         except csv.Error as error:
             raise DataError(
                 f"{path}:{reader.line_num}: malformed: {error}. A field that begins with a quote "
@@ -51,13 +52,35 @@ def csv_rows(path: Path, source: Source, report: ReadReport) -> Iterator[Row]:
             ) from error
 
 
-def records(path: Path, reader: Any, source: Source, report: ReadReport) -> Iterator[Row]:
+class RecordLines:
+    """The lines of a file, as long as those of one record, which quotes may join, are not many."""
+
+    def __init__(self, path: Path, lines: Iterator[str]) -> None:
+        self.path = path
+        self.lines = lines
+        self.number = 0
+        self.characters = 0
+        """Since the record before."""
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            self.number += 1
+            self.characters += len(line)
+            if self.characters > limits.VALUE_CHARACTERS:
+                raise too_long(f"{self.path}:{self.number}", "a record")
+            yield line
+
+
+def records(
+    path: Path, reader: Any, lines: RecordLines, source: Source, report: ReadReport
+) -> Iterator[Row]:
     header: list[str] = next(reader, [])
     columns = columns_of(source, header, f"{path}: the first line names the columns")
     if len(set(header)) < len(header):
         raise DataError(f"{path}:1: a column name occurs twice: {', '.join(header)}. Rename one")
     places = [header.index(column) for column in columns]
     for fields in reader:
+        lines.characters = 0
         if not fields:
             report.blank += 1
         elif len(fields) != len(header):
@@ -78,11 +101,13 @@ def json_lines(path: Path, encoding: str, report: ReadReport) -> Iterator[tuple[
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: malformed JSON: {error}. "
                     "In JSON Lines every line is one complete value"
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise malformed(f"{path}:{number}", error) from error
             yield number, value
 
 
@@ -116,7 +141,7 @@ def parquet_rows(path: Path, source: Source, report: ReadReport) -> Iterator[Row
     import pyarrow
     import pyarrow.parquet
 
-    number, size_bytes = 0, path.stat().st_size
+    number, size_bytes = 0, status_of(path).st_size
     try:
         # With a buffer, column chunks are streamed; without one, whole row groups are loaded.
         with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
@@ -127,6 +152,6 @@ def parquet_rows(path: Path, source: Source, report: ReadReport) -> Iterator[Row
                     number += 1
                     yield number, values
                 report.bytes_read = already + size_bytes * number // total
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}. Write it again") from error
     report.files += 1

@@ -8,12 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lowvram.data.cache import cache_directory, cache_key, make_entry
+from lowvram.data.cache import cache_directory, cache_key, make_entry, open_entry
 from lowvram.data.documents import read_pieces
 from lowvram.data.encoder import Encoder
 from lowvram.data.files import resolve
 from lowvram.data.source import Origin, Piece, ReadReport, Source
-from lowvram.data.store import StoreWriter, TokenStore, open_store
+from lowvram.data.store import StoreWriter, TokenStore
 from lowvram.errors import DataError
 
 BATCH_CHARACTERS = 1 << 21
@@ -40,8 +40,9 @@ def tokenize(
     encoder = Encoder(tokenizer, append_eos, allow_special_tokens)
     report = ReadReport()
     origins = resolve(source, report)
-    entry = (cache_dir or cache_directory()) / cache_key(source, origins, encoder.key())
-    found = open_store(entry, cached=True)
+    key = cache_key(source, origins, encoder.key())
+    entry = (cache_dir or cache_directory()) / key
+    found = open_entry(entry, cached=True)
     if found is not None:
         return found
     total_bytes = size_bytes(origins)
@@ -53,6 +54,10 @@ def tokenize(
     def fill(directory: Path) -> None:
         pieces = read_pieces(source, report, split_long=encoder.may_split, origins=origins)
         write_store(directory, pieces, encoder, report, tell)
+        if cache_key(source, origins, encoder.key()) != key:
+            raise DataError(
+                f"data.source {', '.join(source.names)}: was changed while it was read: start again"
+            )
 
     return make_entry(entry, fill)
 
