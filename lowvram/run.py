@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -20,7 +19,7 @@ from lowvram.adapters import Base, plain_model, save_adapter
 from lowvram.build import base_of, build
 from lowvram.checkpoint import load_newest, save_checkpoint
 from lowvram.directory import RunDirectory, write_json, write_text
-from lowvram.display import Display, format_seconds
+from lowvram.display import Display, format_seconds, literal
 from lowvram.errors import DoesNotFit, Interrupted, ModelError, TrainingError
 from lowvram.generate import Sampling, generate
 from lowvram.memory.measure import format_gib, is_out_of_memory, read_memory, reset_peak
@@ -80,7 +79,7 @@ def announce(planned: Plan, display: Display) -> None:
         table = Table.grid(padding=(0, 2))
         table.add_column(justify="right", style="bold")
         for name, value in planned.describe():
-            table.add_row(name, escape(value))
+            table.add_row(name, literal(value))
         display.show(table)
     for note in planned.notes:
         display.warn(note)

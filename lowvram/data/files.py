@@ -30,7 +30,7 @@ BINARIES = COMPRESSED | frozenset(
     .mp4 .wav .exe .so .dll .dylib .pyc .class .o .a""".split()
 )
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-MAX_FILES = 100_000
+MAX_FILES = 50_000
 
 
 def resolve(source: Source, report: ReadReport) -> list[Origin]:
