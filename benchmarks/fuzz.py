@@ -177,7 +177,9 @@ def run_hypothesis(judge: Judge, inputs: int, until: float, seed: int) -> None:
         assert maker.stdout is not None
         while time.monotonic() <= until and (size := maker.stdout.read(8)):
             judge.take(maker.stdout.read(int.from_bytes(size)))
-        maker.kill()
+        maker.stdout.close()
+        if maker.wait() > 0 and judge.tally.inputs < inputs and time.monotonic() <= until:
+            raise RuntimeError(f"no more inputs after {judge.tally.inputs}")
 
 
 def make_inputs(inputs: int, seed: int) -> None:
@@ -248,7 +250,9 @@ def _as_json(settings: dict[str, Any]) -> str:
     tree: dict[str, Any] = {"model": {"name": "gpt2"}, "data": {"source": "x.txt"}}
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        parent = tree.setdefault(section, {}) if section else tree
+        if isinstance(parent, dict):  # and not what a key of the section's name was set to
+            parent[name] = value
     return json.dumps(tree, ensure_ascii=False)
 
 
