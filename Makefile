@@ -12,9 +12,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
 # torch goes first: the other packages then find it there and do not choose a build of their own.
 $(VENV)/.installed: pyproject.toml constraints.txt
