@@ -9,12 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,6 +93,21 @@ def test_the_pins_of_this_repository() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     count = sum("==" in line for line in (ROOT / "constraints.txt").read_text().splitlines())
     assert done.stdout == f"pins: all {count} are right\n"
+
+
+def test_the_lowest_pins_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    direct = check_pins.direct_requirements(project)
+    bounds = {
+        canonicalize_name(wanted.name): Version(bound.version)
+        for wanted in direct
+        for bound in wanted.specifier
+        if bound.operator == ">="
+    }
+
+    lowest = check_pins.read_pins((ROOT / "constraints-lowest.txt").read_text("utf-8"))
+    assert lowest == bounds
+    assert len(direct) == len(bounds)  # none is without a bound
 
 
 # --- the audit --------------------------------------------------------------------------------
