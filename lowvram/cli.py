@@ -16,10 +16,16 @@ import click
 
 from lowvram import __version__
 from lowvram.errors import LowVRAMError, RecipeError
+from lowvram.terminal import printable
 
 _DTYPES = click.Choice(["fp32", "bf16", "fp16"])
 _FORMATS = click.Choice(["document", "lines", "paragraphs"])
 _SYSTEMS = click.Choice(["headless", "desktop", "windows"])
+
+
+def _echo(text: str, *, nl: bool = True, err: bool = False) -> None:
+    """All that the command prints itself: what came from data cannot steer the terminal."""
+    click.echo(printable(text), nl=nl, err=err)
 
 
 def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,10 +36,10 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except LowVRAMError as error:
-            click.echo(f"error: {error}", err=True)
+            _echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("stopped", err=True)
+            _echo("stopped", err=True)
             sys.exit(130)
         except BrokenPipeError:
             # Nobody reads on. What is still in the buffer goes nowhere, or Python would complain
@@ -91,7 +97,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     if dry_run:
         check_card(gpu, None)
         check_inputs(loaded)
-        click.echo(dump_recipe(loaded), nl=False)
+        _echo(dump_recipe(loaded), nl=False)
     else:
         check_start(loaded, resume=resume or resume_anyway, overwrite=overwrite)
     from lowvram.display import Display
@@ -101,7 +107,7 @@ def run(  # noqa: PLR0913 - one parameter an option
 
     display = Display(quiet=quiet and not dry_run)
     if dry_run:
-        click.echo()
+        _echo("")
         from lowvram.target import named_card
 
         announce(plan(loaded, elsewhere=named_card(gpu, None)), display)
@@ -110,7 +116,7 @@ def run(  # noqa: PLR0913 - one parameter an option
         loaded, resume=resume, resume_anyway=resume_anyway, overwrite=overwrite, display=display
     )
     merged = Path(result.output_dir) / "merged"
-    click.echo(f"next: lowvram generate {_shell(merged)} --interactive")
+    _echo(f"next: lowvram generate {_shell(merged)} --interactive")
 
 
 @main.command()
@@ -186,7 +192,7 @@ def list_() -> None:
     found = list_recipes()
     width = max(len(name) for name, _ in found)
     for name, description in found:
-        click.echo(f"{name:<{width}}  {description}")
+        _echo(f"{name:<{width}}  {description}")
 
 
 @recipes.command()
@@ -196,7 +202,7 @@ def show(name: str) -> None:
     """Print a recipe."""
     from lowvram.recipe import recipe_text
 
-    click.echo(recipe_text(name), nl=False)
+    _echo(recipe_text(name), nl=False)
 
 
 @recipes.command()
@@ -218,7 +224,7 @@ def copy(name: str, target: Path | None) -> None:
         raise RecipeError(f"{path}: is there already; name another file") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
-    click.echo(f"next: lowvram run {_shell(path)}")
+    _echo(f"next: lowvram run {_shell(path)}")
 
 
 @main.command()
@@ -233,11 +239,11 @@ def merge(adapter: Path, output: Path, base: str | None, dtype: str) -> None:
     from lowvram.merge import merge as merge_adapter
 
     proof = merge_adapter(find_adapter(adapter), output, base=base, dtype=dtype)
-    click.echo(
+    _echo(
         f"{output}: largest logit difference {proof.max_logit_difference:.2g} "
         f"(allowed {proof.tolerance:.2g}), as read back {proof.read_back_difference:.2g}"
     )
-    click.echo(f"next: lowvram generate {_shell(output)} --interactive")
+    _echo(f"next: lowvram generate {_shell(output)} --interactive")
 
 
 @main.command()
@@ -286,10 +292,10 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     )
     values = result.to_json()
     if as_json:
-        click.echo(json.dumps(values))
+        _echo(json.dumps(values))
         return
     for name, value in values.items():
-        click.echo(f"{name:<16} {value}")
+        _echo(f"{name:<16} {value}")
 
 
 @main.command()
@@ -342,12 +348,12 @@ def generate(
         _converse(writer)
     elif as_json:
         for record in writer.records(texts):
-            click.echo(json.dumps(record, ensure_ascii=False))
+            _echo(json.dumps(record, ensure_ascii=False))
     elif len(texts) == 1:
         _stream(writer, texts[0])
     else:
         for record in writer.records(texts):
-            click.echo(f"{record['prompt']}{record['text']}\n")
+            _echo(f"{record['prompt']}{record['text']}\n")
             _say_notes(record["notes"])
 
 
@@ -367,17 +373,17 @@ def _stream(writer: Any, prompt: str) -> None:
 
     texts = pieces()
     first = next(texts, "")  # an error comes before the prompt is echoed
-    click.echo(prompt + first, nl=False)
+    _echo(prompt + first, nl=False)
     for text in texts:
-        click.echo(text, nl=False)
+        _echo(text, nl=False)
         sys.stdout.flush()
-    click.echo()
+    _echo("")
     _say_notes(notes)
 
 
 def _say_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        _echo(f"note: {note}", err=True)
 
 
 def _converse(writer: Any) -> None:
@@ -387,7 +393,7 @@ def _converse(writer: Any) -> None:
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
     while True:
         if terminal:
-            click.echo("> ", nl=False)
+            _echo("> ", nl=False)
             sys.stdout.flush()
         line = sys.stdin.readline()
         if not line:
@@ -404,12 +410,12 @@ def doctor(as_json: bool) -> None:
 
     diagnosis = examine()
     if as_json:
-        click.echo(json.dumps(diagnosis.to_dict(), indent=2))
+        _echo(json.dumps(diagnosis.to_dict(), indent=2))
     else:
         for check in diagnosis.checks:
-            click.echo(f"{check.status:<5} {check.name}: {check.found}")
+            _echo(f"{check.status:<5} {check.name}: {check.found}")
             if check.advice:
-                click.echo(f"      {check.advice}")
+                _echo(f"      {check.advice}")
     sys.exit(diagnosis.exit_code)
 
 

@@ -42,7 +42,7 @@ _FOLDERS = ("checkpoints", "adapter", "merged")
 
 class RunDirectory:
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))  # the home of an unknown user stays a name
         self.recipe = self.path / "recipe.yaml"
         self.start = self.path / "start.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -94,7 +94,7 @@ class RunDirectory:
     def _keep_inputs(self, inputs: Sequence[str]) -> None:
         replaced = [(self.path / name).resolve() for name in (*_FOLDERS, *_FILES)]
         for name in inputs:
-            path = Path(name).expanduser()
+            path = Path(os.path.expanduser(name))
             if not path.exists():
                 continue  # a model or data set of the hub, or a pattern
             resolved = path.resolve()

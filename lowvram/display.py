@@ -7,15 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
+
+from lowvram.terminal import printable
 
 _PLAIN_WIDTH = 120
 _PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
 Update = Callable[[int, int | None, str], None]
 """(completed, total or None, what to say)."""
+
+
+def literal(text: str) -> Text:
+    """For a cell or a line: text of data or recipes, in which rich reads no markup or emoji."""
+    return Text(printable(text))
 
 
 class Display:
@@ -30,10 +37,10 @@ class Display:
     def say(self, text: str) -> None:
         """A line about what is done; text from data or recipes is shown as it is."""
         if not self.quiet:
-            self.console.print(escape(text), highlight=False)
+            self.console.print(literal(text), highlight=False)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
+        self.console.print(Text("note:", "yellow") + literal(f" {text}"), highlight=False)
 
     def show(self, table: Table) -> None:
         self.console.print(table)
@@ -50,18 +57,17 @@ class Display:
 
     def _bar(self, title: str) -> Iterator[Update]:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=8),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(escape(title), total=None, text="")
+            task = bar.add_task(printable(title), total=None, text="")
 
             def update(completed: int, total: int | None, text: str) -> None:
                 share = f"{completed}/{total}" if total else f"{completed}"
-                bar.update(
-                    task, completed=completed, total=total, text=escape(f"{share} {text}".rstrip())
-                )
+                said = printable(f"{share} {text}".rstrip())
+                bar.update(task, completed=completed, total=total, text=said)
 
             yield update
 
@@ -75,7 +81,7 @@ class Display:
             if now - last >= every_seconds or finished:
                 last = now
                 share = f"{completed}/{total}" if total else str(completed)
-                self.console.print(escape(f"{title} {share}  {text}".rstrip()), highlight=False)
+                self.console.print(literal(f"{title} {share}  {text}".rstrip()), highlight=False)
 
         return update
 

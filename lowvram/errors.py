@@ -11,16 +11,26 @@ LowVRAMError                 exit code 1
 ├── ProofError               9   a result differs from what it must equal; nothing was put out
 └── Interrupted              130 stopped by Ctrl-C or SIGTERM, after saving
 
-A message names what is wrong (key or file), what was found, what is allowed and what to do.
+A message names what is wrong (key or file), what was found, what is allowed and what to do. Tokens
+of the hub, and user names and passwords in URLs, are masked in all of them.
 """
 
 from __future__ import annotations
+
+import re
+
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
+_PASSWORD = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]+:/+)[^\s/'\"]*@")
 
 
 class LowVRAMError(Exception):
     """Base of all errors of this package; `exit_code` is what the command exits with."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        # Here, so that no place that quotes a name can forget it: errors end up in logs.
+        super().__init__(_TOKEN.sub(r"\1_***", _PASSWORD.sub(r"\1***@", str(message))))
 
 
 class RecipeError(LowVRAMError):

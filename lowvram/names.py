@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 from lowvram.errors import ModelError
+from lowvram.terminal import odd_characters
 
 EMBEDDED_PREFIX = "embedded:"
 _ASSETS = Path(__file__).parent / "assets"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def local_directory(name: str) -> Path | None:
@@ -28,8 +29,10 @@ def local_directory(name: str) -> Path | None:
         if Path(name).expanduser().is_dir():
             return Path(name).expanduser()
     if not _HUB_ID.fullmatch(name):
+        odd = odd_characters(name)
         raise ModelError(
             f"model.name: {name!r} is no directory ({Path(name).absolute()} does not exist) "
             "and no model id of the hub (NAME or ORGANISATION/NAME)"
+            + (f"; it has {odd}" if odd else "")
         )
     return None

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lowvram.checkpointing import in_words
 from lowvram.disk import replace_text
-from lowvram.display import Display, format_seconds
+from lowvram.display import Display, format_seconds, literal
 from lowvram.errors import DeviceError, RecipeError
 from lowvram.fit import with_shape
 from lowvram.measurement import Measure, Measurement, measure
@@ -114,10 +114,9 @@ def show_shape(
 
 
 def frontier_table(found: Frontier) -> Table:
-    table = Table(
-        title=f"{found.card.name}: {format_gib(found.card.budget())} for the allocator, simulated",
-        title_justify="left",
-    )
+    budget = format_gib(found.card.budget())
+    title = literal(f"{found.card.name}: {budget} for the allocator, simulated")
+    table = Table(title=title, title_justify="left")
     for name in ("tokens", "checkpointing", "micro-batch", "reserved peak", "head-room"):
         table.add_column(name, justify="right")
     for row in found.rows:
@@ -183,12 +182,13 @@ def answer_tables(answer: Answer) -> list[Table]:
     peak.add_column("size", justify="right")
     for name, size in sorted(answer.prediction.categories.items(), key=lambda item: -item[1]):
         if size:
-            peak.add_row(name, format_gib(size))
+            peak.add_row(literal(name), format_gib(size))
     if not answer.levers:
         return [peak]
     saving = Table(title="what would save memory, each simulated", title_justify="left")
     for name, justify in (("saves", "right"), ("change", "left"), ("price", "left")):
         saving.add_column(name, justify=justify)  # type: ignore[arg-type]
     for lever in answer.levers:
-        saving.add_row(format_gib(lever.saved_bytes), lever.change, str(lever.price))
+        change, price = literal(lever.change), literal(str(lever.price))
+        saving.add_row(format_gib(lever.saved_bytes), change, price)
     return [peak, saving]

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
+from lowvram.display import literal
 from lowvram.memory.measure import format_gib
 
 _PACKAGES = (
@@ -72,7 +72,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def result_table(result: RunResult) -> Table:
-    table = Table(title=escape(result.output_dir), show_header=False, title_justify="left")
+    table = Table(title=literal(result.output_dir), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     for name in ("base", "adapter", "merged"):
@@ -101,14 +101,7 @@ def result_table(result: RunResult) -> Table:
     table.add_row("peak memory", peak)
     for sample in result.samples:
         table.add_section()
-        table.add_row("prompt", escape(printable(sample["prompt"])))
-        table.add_row("before", escape(printable(sample["base"])))
-        table.add_row("after", escape(printable(sample["tuned"])))
+        table.add_row("prompt", literal(sample["prompt"]))
+        table.add_row("before", literal(sample["base"]))
+        table.add_row("after", literal(sample["tuned"]))
     return table
-
-
-def printable(text: str) -> str:
-    """Text as it is, without characters that steer a terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 
-from rich.markup import escape
 from rich.table import Table
 
 from lowvram.checkpoint import newest_facts
 from lowvram.directory import RunDirectory
 from lowvram.disk import disk_error, write_json
-from lowvram.display import Display
+from lowvram.display import Display, literal
 from lowvram.errors import DeviceError, DoesNotFit, Interrupted
 from lowvram.finish import finish
 from lowvram.interrupts import Interrupts, interrupts
@@ -136,7 +135,7 @@ def announce(planned: Plan, display: Display) -> None:
         table = Table.grid(padding=(0, 2))
         table.add_column(justify="right", style="bold")
         for name, value in (*planned.describe(), _host_row(planned)):
-            table.add_row(name, escape(value))
+            table.add_row(name, literal(value))
         display.show(table)
     for note in planned.notes:
         display.warn(note)

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lowvram"
 
 LAYERS = {
     "errors": 0,
+    "terminal": 0,
     "dropout": 0,
     "heap": 0,
     "attention": 1,

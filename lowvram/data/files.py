@@ -7,6 +7,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from lowvram.data.hub import load_hub
@@ -28,7 +29,8 @@ BINARIES = COMPRESSED | frozenset(
     .db .sqlite .pdf .doc .docx .xls .xlsx .ppt .pptx .odt .epub .png .jpg .jpeg .gif .webp .mp3
     .mp4 .wav .exe .so .dll .dylib .pyc .class .o .a""".split()
 )
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+MAX_FILES = 50_000
 
 
 def resolve(source: Source, report: ReadReport) -> list[Origin]:
@@ -52,7 +54,7 @@ def check_names(names: Iterable[str]) -> None:
     """Raises the DataError of `resolve` for what it would refuse without asking the hub."""
     for name in names:
         if not local_origins(name, ReadReport()) and not may_be_hub_id(name):
-            raise not_found(name, path_of(name))
+            raise not_found(name, home_expanded(name))
 
 
 def resolve_name(name: str, source: Source, report: ReadReport) -> list[Origin]:
@@ -61,36 +63,42 @@ def resolve_name(name: str, source: Source, report: ReadReport) -> list[Origin]:
         return found
     if may_be_hub_id(name):
         return [Origin(name=name, dataset=load_hub(name, source.config, source.split))]
-    raise not_found(name, path_of(name))
-
-
-def path_of(name: str) -> Path:
-    """Of a name that may be no name at all: DataError."""
-    try:
-        path = Path(name).expanduser()
-        path.is_dir()
-    except (OSError, RuntimeError) as error:  # too long; the home of nobody
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data.source {name[:80]!r}: no file has such a name: {reason}") from error
-    return path
+    raise not_found(name, home_expanded(name))
 
 
 def local_origins(name: str, report: ReadReport) -> list[Origin]:
     """What a name stands for on this machine; nothing if it has to be looked for elsewhere."""
+    try:
+        return looked_for(name, report)
+    except OSError as error:  # too long for a name, or in a directory that may not be read
+        raise DataError(
+            f"data.source {name!r}: cannot be looked for: {error.strerror}. Give the name of a "
+            "file or directory that can be read"
+        ) from error
+
+
+def home_expanded(name: str) -> Path:
+    """`~` is the home directory; that of a user whom nobody knows stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
+def looked_for(name: str, report: ReadReport) -> list[Origin]:
     if name.startswith("embedded:"):
         if name != EMBEDDED:
             raise DataError(f"data.source {name!r}: the only embedded text is {EMBEDDED!r}")
         return [Origin(name=name)]
-    path = path_of(name)
+    path = home_expanded(name)
     if path.is_dir():
-        found = list(files_below(path))
+        found = at_most(files_below(path), f"directory {absolute(path)}")
         kept = [file for file in found if file.suffix.lower() in TABLES | TEXTS]
         return usable(found, kept, f"directory {absolute(path)}", report)
     if path.exists():
         return [named_file(path)]
     if glob.has_magic(name):
-        matches = (Path(match) for match in sorted(glob.glob(str(path), recursive=True)))
-        found = [match for match in matches if match.is_file()]
+        pattern = re.sub(r"(\*\*/)+", "**/", str(path))  # each more would search all of it again
+        matches = map(Path, glob.iglob(pattern, recursive=True))
+        files = (match for match in matches if match.is_file())
+        found = sorted(at_most(files, f"glob {absolute(path)}"), key=str)
         kept = [file for file in found if file.suffix.lower() not in BINARIES]
         return usable(found, kept, f"glob {absolute(path)}", report)
     return []
@@ -136,6 +144,17 @@ def named_file(path: Path) -> Origin:
     if status_of(path).st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes): give a file with text in it")
     return file_origin(path)
+
+
+def at_most(files: Iterator[Path], what: str) -> list[Path]:
+    """All of them, if a text can be in so many: `/` is searched for minutes, and is no text."""
+    found = list(islice(files, MAX_FILES + 1))
+    if len(found) > MAX_FILES:
+        raise DataError(
+            f"data.source: {what} has more than {MAX_FILES:,} files. Name a directory that holds "
+            "nothing but the text, or put it into fewer files"
+        )
+    return found
 
 
 def usable(found: list[Path], kept: list[Path], what: str, report: ReadReport) -> list[Origin]:

@@ -6,6 +6,7 @@ that it needs.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -254,7 +255,7 @@ class Html:
             col=1,
             x=x,
             y=y,
-            name=look.label,
+            name=_lines(look.label),
             mode="lines+markers" if look.dotted else "lines",
             line={
                 "color": look.color,
@@ -369,7 +370,11 @@ class Html:
             self._figure.add_scatter(x=self._places, y=self._total, line=line, **look)
         self._figure.update_layout(
             template="plotly_white",
-            title={"text": f"<b>{title}</b>", "subtitle": {"text": subtitle}, "x": 0.02},
+            title={
+                "text": f"<b>{_lines(title)}</b>",
+                "subtitle": {"text": _lines(subtitle)},
+                "x": 0.02,
+            },
             legend={"title": {"text": legend}, "traceorder": "normal"},
             margin={"b": 100},
         )
@@ -398,4 +403,5 @@ def _hover(texts: Texts) -> dict[str, Any]:
 
 
 def _lines(text: str) -> str:
-    return text.replace("\n", "<br>")
+    """Text as plotly shows it unchanged: it reads some of HTML in it."""
+    return html.escape(text, quote=False).replace("\n", "<br>")

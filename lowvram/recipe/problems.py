@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -15,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from lowvram.recipe.schema import Recipe, Wanted
 from lowvram.recipe.text import KeyPath, Problem
+from lowvram.terminal import odd_characters
 
 LONGEST_VALUE = 80
 
@@ -170,12 +172,14 @@ def unknown_key(key: str) -> str:
     section, _, name = key.rpartition(".")
     if not section and section_keys(key):
         return f"is a section; set one of its keys, such as {key}.{next(iter(section_keys(key)))}"
+    odd = odd_characters(key)
+    unknown = "unknown key" + (f" with {odd}" if odd else "")
     suggestion = _closest_key(section, name)
     if suggestion:
-        return f"unknown key. Did you mean {suggestion}?"
+        return f"{unknown}. Did you mean {suggestion}?"
     if section_keys(section):
-        return f"unknown key. Keys of {section}: {', '.join(section_keys(section))}"
-    return f"unknown key. Keys: {', '.join(Recipe.model_fields)}"
+        return f"{unknown}. Keys of {section}: {', '.join(section_keys(section))}"
+    return f"{unknown}. Keys: {', '.join(Recipe.model_fields)}"
 
 
 def _closest_key(section: str, name: str) -> str | None:
@@ -232,6 +236,14 @@ def _describe(path: KeyPath, errors: list[ErrorDetails], values: Mapping[str, An
 
 
 def _cure(value: object, field: FieldInfo) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "; it must be finite"
+    odd = odd_characters(value[:LONGEST_VALUE]) if isinstance(value, str) else ""
+    return (f"; it has {odd}" if odd else "") + _close_value(value, field, plain=not odd)
+
+
+def _close_value(value: object, field: FieldInfo, *, plain: bool) -> str:
+    """What may have been meant; characters that are not ASCII are none of a number."""
     kinds = _kinds(field.annotation)
     choices = [kind for kind in kinds if isinstance(kind, str)]
     if isinstance(value, float) and int in kinds and value.is_integer():
@@ -249,7 +261,7 @@ def _cure(value: object, field: FieldInfo) -> str:
     close = difflib.get_close_matches(value.lower()[:LONGEST_VALUE], choices, n=1)
     if close:
         return f"; did you mean {close[0]}?"
-    if kinds & {int, float} and _is_number(value):
+    if plain and kinds & {int, float} and _is_number(value):
         return "; remove the quotes"
     if tuple in kinds and value:
         return f"; did you mean [{show_key(value)}]?"
@@ -270,7 +282,6 @@ def _kinds(annotation: Any) -> set[Any]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

@@ -25,6 +25,7 @@ from lowvram.errors import RecipeError
 
 ADAPTER_KEYS = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "folded", "bias")
 EMBEDDING_MODULES = ("wte", "wpe", "lm_head", "embed_tokens", "embed_in", "embed_out")
+LONGEST_PLACE = 4096  # of Linux; elsewhere it is less
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -47,6 +48,17 @@ def parse_size(text: str) -> int:
 def _usable_text(text: str) -> str:
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("holds a character that no file name and no text file can hold")
+    return text
+
+
+def _place(text: str) -> str:
+    if len(text) > LONGEST_PLACE:
+        raise ValueError(f"is longer than {LONGEST_PLACE} characters, which no file name can be")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ValueError(
+            "is a URL, and nothing is fetched from one. Name a file or directory of this machine, "
+            "or an id of the hub, whose token comes from HF_TOKEN or `hf auth login`"
+        )
     return text
 
 
@@ -84,10 +96,13 @@ def _adaptable(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 FilledText = Annotated[str, AfterValidator(_usable_text), Field(min_length=1)]
+# What is looked for on this machine, then on the hub.
+Place = Annotated[FilledText, AfterValidator(_place)]
 # Lists become tuples, so that a frozen recipe cannot change from inside.
 TextList = Annotated[tuple[FilledText, ...], Field(strict=False)]
-FilledTextList = Annotated[tuple[FilledText, ...], Field(strict=False, min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+PlaceList = Annotated[tuple[Place, ...], Field(strict=False, min_length=1)]
+# Far above what anyone waits for, and far below where a product of two is no 64-bit number.
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -105,7 +120,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: FilledText
+    name: Place
     """Hugging Face hub id, a directory, or `embedded:gpt2-docstrings`."""
     revision: FilledText | None = None
     """Branch, tag or commit of a hub model; null takes the default branch."""
@@ -122,13 +137,13 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    source: FilledText | FilledTextList
+    source: Place | PlaceList
     """Files, a directory, a hub data set, or `embedded:python-reference`; one or a list."""
     config: FilledText | None = None
     """Configuration name of a hub data set."""
     split: FilledText = "train"
     """Split of a hub data set to train on."""
-    validation_source: FilledText | FilledTextList | None = None
+    validation_source: Place | PlaceList | None = None
     """Where held-out text comes from; null takes it from `source`."""
     validation_split: FilledText | None = None
     """Split of a hub data set to hold out."""
@@ -204,7 +219,7 @@ class TrainSection(Section):
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.03
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] | Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Optimizer steps over which the learning rate rises, or their share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, on matrices only."""
@@ -247,7 +262,7 @@ class TrainSection(Section):
 class FitSection(Section):
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Sequences per forward pass; must divide `train.global_batch_size`."""
-    max_seq_len: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
+    max_seq_len: Literal["auto"] | Annotated[int, Field(ge=2, le=10**9)] = "auto"
     """Tokens per sequence; auto takes what the longest document needs, up to 1024."""
     gradient_checkpointing: Annotated[
         Literal["auto", "selective", "offload"] | bool | Count,
@@ -301,7 +316,7 @@ class Recipe(Section):
     fit: FitSection = FitSection()
     evaluate: EvaluateSection = EvaluateSection()
     generate: GenerateSection = GenerateSection()
-    output_dir: FilledText = "runs/recipe"
+    output_dir: Place = "runs/recipe"
     """Directory that the run writes into; by default runs/ and the recipe file's name."""
     output_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the merged checkpoint."""

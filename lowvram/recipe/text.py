@@ -8,6 +8,7 @@ second documents, nesting that would exhaust the stack, and keys that are set tw
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import StringIO
@@ -29,6 +30,8 @@ from ruamel.yaml.events import (
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from lowvram.terminal import odd_characters
 
 # Where a value stands: ("train", "betas", 0).
 KeyPath = tuple[str | int, ...]
@@ -92,6 +95,7 @@ def parse_yaml(text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else None
         reason = " ".join(str(error.problem or error.context).split())
+        reason += _odd_spaces(text, mark.index) if mark else ""
         builder.problems.append(Problem(path=(), message=f"not valid YAML: {reason}", line=line))
     except YAMLError as error:
         # The reader's: a character that YAML does not allow. It knows an offset, no line.
@@ -274,6 +278,13 @@ def plain_value(tag: str, text: str) -> Any:
     except ValueError:  # thousands of digits, or no digit at all
         return text
     return text
+
+
+def _odd_spaces(text: str, place: int) -> str:
+    """The cure where a line cannot be read for characters that an editor shows as nothing."""
+    line = text[text.rfind("\n", 0, place) + 1 :].partition("\n")[0]
+    odd = odd_characters("".join(c for c in line if unicodedata.category(c)[0] in "ZC"))
+    return f"; the line holds {odd}: type it anew" if odd else ""
 
 
 def _short(text: object) -> str:
