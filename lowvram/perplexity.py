@@ -23,7 +23,7 @@ from torch import nn
 
 from lowvram.errors import DataError, ModelError, RecipeError
 from lowvram.loss import chunk_rows, head_is_plain, log_softmax
-from lowvram.memory.measure import is_out_of_memory, release_memory
+from lowvram.memory.measure import SIMULATED, is_out_of_memory, release_memory
 from lowvram.model import evaluating
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -254,7 +254,9 @@ class _Network:
             try:
                 return [self.score(batch)]
             except (RuntimeError, MemoryError) as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
+                # A simulation is asked whether all of it fits.
+                last = len(batch) == 1 or self.device.type == SIMULATED
+                if last or not is_out_of_memory(error):
                     raise
             # Here, since the frames that failed keep their tensors until the error is gone.
             release_memory(self.device)

@@ -11,13 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel
 
-import lowvram.run  # noqa: F401 - its module is patched below
 from lowvram.build import build, choose_device, choose_numerics
 from lowvram.data import Batch
 from lowvram.display import Display
 from lowvram.errors import DataError, ModelError, RecipeError
+from lowvram.job import Job
 from lowvram.plan import plan
 from lowvram.recipe import load_recipe, recipe_sha256
+from lowvram.run import run
 from lowvram.train import accumulate_gradients
 
 
@@ -61,17 +62,16 @@ def test_the_two_sixteen_bit_formats_do_not_mix(
 def test_an_evaluation_in_passing_does_not_end_a_run(
     make_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["lowvram.run"]
-    real = module._perplexity
+    real = Job.perplexity
 
-    def perplexity(planned: Any, model: Any, title: str, display: Any) -> Any:
+    def perplexity(job: Job, model: Any, title: str, display: Any) -> Any:
         if title == "evaluation":
             raise ModelError("perplexity: the model gives NaN")
-        return real(planned, model, title, display)
+        return real(job, model, title, display)
 
-    monkeypatch.setattr(module, "_perplexity", perplexity)
+    monkeypatch.setattr(Job, "perplexity", perplexity)
     recipe = make_recipe(**{"train.eval_every": 1})
-    assert module.run(recipe, display=Display(quiet=True)).steps == 3
+    assert run(recipe, display=Display(quiet=True)).steps == 3
 
 
 def test_loss_on_the_completion_needs_prompts(make_recipe: Any) -> None:

@@ -547,7 +547,7 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(
     put_card(monkeypatch, card_of_size(30 * MIB))
     forbid(monkeypatch, "lowvram.plan", "measure")
     forbid(monkeypatch, "lowvram.build", "load_model")
-    forbid(monkeypatch, "lowvram.run", "build")
+    forbid(monkeypatch, "lowvram.job", "build")
 
     result = CliRunner().invoke(main, ["run", str(recipe_file)])
 

@@ -115,6 +115,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def _deterministic_for_now() -> Any:
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 

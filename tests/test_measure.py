@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 
-from lowvram.checkpoint import list_checkpoints
-from lowvram.directory import RunDirectory
-from lowvram.display import Display
-from lowvram.errors import DoesNotFit
 from lowvram.memory.measure import format_gib, is_out_of_memory, read_memory
-from lowvram.run import run
-from lowvram.train import accumulate_gradients
 
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
@@ -71,29 +64,3 @@ def test_the_peak_is_not_that_of_the_program_before() -> None:
 def test_a_cpu_process_has_a_resident_size() -> None:
     reading = read_memory(torch.device("cpu"))
     assert 2**25 < reading.now_bytes <= reading.peak_bytes
-
-
-def test_a_full_memory_saves_and_names_what_helps(
-    make_recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The third step fails: two steps are in the checkpoint, and a resumed run ends well."""
-
-    recipe = make_recipe(**{"train.max_steps": 4, "fit.micro_batch_size": 2})
-    real, fail = accumulate_gradients, {"at": 2}
-
-    def accumulate(state: Any, window: Any, target_tokens: int) -> float:
-        if state.step == fail["at"]:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(state, window, target_tokens)
-
-    monkeypatch.setattr(sys.modules["lowvram.train"], "accumulate_gradients", accumulate)
-    with pytest.raises(DoesNotFit) as caught:
-        run(recipe, display=Display(quiet=True))
-    text = str(caught.value)
-    assert text.startswith("out of memory in step 3: 2 sequences of 64 tokens do not fit. ")
-    for lever in ("fit.micro_batch_size below 2", "fit.gradient_checkpointing: true", "--resume"):
-        assert lever in text
-    checkpoints = list_checkpoints(RunDirectory(recipe.output_dir).checkpoints)
-    assert [path.name for path in checkpoints] == ["step-00000002"]
-    fail["at"] = -1
-    assert run(recipe, resume=True, display=Display(quiet=True)).steps == 4

@@ -92,7 +92,7 @@ def test_recipes_cannot_be_changed() -> None:
 def test_every_key_says_what_it_means() -> None:
     assert all(field.description for field in known_keys().values())
     assert all("\n" not in (field.description or "") for field in known_keys().values())
-    assert len(known_keys()) == 63
+    assert len(known_keys()) == 66
 
 
 # --- YAML 1.2 ---------------------------------------------------------------------------------

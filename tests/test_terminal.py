@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,12 +257,13 @@ def test_progress_as_lines() -> None:
     assert file.getvalue() == f"{SHOWN} 1/1  {SHOWN}\n"
 
 
-def test_the_plan_and_its_notes() -> None:
+def test_the_plan_and_its_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     planned: Any = SimpleNamespace(describe=lambda: [("data", EVIL)], notes=[EVIL])
+    monkeypatch.setattr(import_module("lowvram.run"), "_host_row", lambda planned: ("host", ""))
 
     said = on_display(lambda display: announce(planned, display))
 
-    assert said.split() == f"data {SHOWN} note: {SHOWN}".split()
+    assert said.split() == f"data {SHOWN} host note: {SHOWN}".split()
 
 
 def test_the_table_of_a_result() -> None:
