@@ -33,24 +33,20 @@ class FrozenBlock(GPT2Block):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Any,
-        past_key_values: Any = None,
+        cache: Any = None,  # before transformers 5.24 `past_key_values`
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        others = past_key_values is not None or encoder_hidden_states is not None
+        more = (cache, encoder_hidden_states, kwargs.get("past_key_values"))
+        others = any(value is not None for value in more)
         scores = self._only_scores()
         if others or not (self._is_plain(hidden_states) and (scores or self._is_frozen())):
             output: torch.Tensor = super().forward(
-                hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs
+                hidden_states, cache, attention_mask, encoder_hidden_states, **kwargs
             )
             return output
-        attended, _ = self.attn(
-            self.ln_1(hidden_states),
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+        attended, _ = self.attn(self.ln_1(hidden_states), attention_mask=attention_mask, **kwargs)
         mlp, norm = self.mlp, (self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
         layers = (mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias)
         if scores:
