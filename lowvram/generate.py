@@ -396,13 +396,14 @@ def _tokens(
     # Without it, the logits of the whole prompt are made to use the last row only.
     knows = inspect.signature(model.forward).parameters
     keep = {"logits_to_keep": 1} if "logits_to_keep" in knows else {}
+    named = "cache" if "cache" in knows else "past_key_values"  # before transformers 5.24
     seen = torch.tensor([request.ids], device=next(model.parameters()).device)  # (1, s)
     fed, cache = seen, None
     for _ in range(sampling.max_new_tokens):
         with torch.no_grad(), _undisturbed(model):
-            output = model(input_ids=fed, past_key_values=cache, use_cache=True, **keep)
+            output = model(input_ids=fed, use_cache=True, **{named: cache}, **keep)
             scores = request.processors(seen, output.logits[:, -1].float())  # type: ignore[arg-type]
-        fed, cache = scores.argmax(-1, keepdim=True), output.past_key_values  # (1, 1)
+        fed, cache = scores.argmax(-1, keepdim=True), output[named]  # (1, 1)
         seen = torch.cat([seen, fed], dim=1)
         yield int(fed)
         if int(fed) in ends:
