@@ -31,6 +31,7 @@ WEIGHTS_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 _PREFIX = "step-"
+_COUNTERS = ("step", "optimizer_steps", "tokens", "nonfinite_in_a_row")
 
 Fingerprint = Mapping[str, Any]
 """What a run depends on, such as its data and the keys of its recipe; JSON values."""
@@ -92,10 +93,7 @@ def _write(state: TrainState, directory: Path, facts: dict[str, Any]) -> None:
     write_file(directory / OPTIMIZER_FILE, tensors, tensors.items())
     facts = facts | {
         "format": FORMAT,
-        "step": state.step,
-        "optimizer_steps": state.optimizer_steps,
-        "tokens": state.tokens,
-        "nonfinite_in_a_row": state.nonfinite_in_a_row,
+        **{counter: getattr(state, counter) for counter in _COUNTERS},
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "random": RandomState.now(state.device).to_json(),
         "optimizer": structure,
@@ -167,6 +165,8 @@ def _read_facts(
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         found = facts.get("format") if isinstance(facts, dict) else None
         raise ValueError(f"format {found}, this version reads {FORMAT}")
+    if not all(type(facts.get(key)) is int and facts[key] >= 0 for key in _COUNTERS):
+        raise ValueError(f"{STATE_FILE} counts no steps")
     return facts
 
 
@@ -195,10 +195,8 @@ def _restore(state: TrainState, path: Path, facts: dict[str, Any]) -> None:
     _restore_weights(state, path)
     tensors = load_file(path / OPTIMIZER_FILE)
     load_state(state.optimizer, _unpack(facts["optimizer"], tensors))
-    state.step = facts["step"]
-    state.optimizer_steps = facts["optimizer_steps"]
-    state.tokens = facts["tokens"]
-    state.nonfinite_in_a_row = facts["nonfinite_in_a_row"]
+    for counter in _COUNTERS:
+        setattr(state, counter, facts[counter])
     state.stepping = False
     if state.fused is not None:
         state.fused.begin()

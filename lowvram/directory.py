@@ -169,17 +169,37 @@ class RunDirectory:
             with writing(self.metrics):
                 sync(self.metrics)
 
+    def read_start(self) -> dict[str, Any]:
+        """What was found before the first step."""
+        try:
+            found = json.loads(self.start.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and {"perplexity", "samples"} <= found.keys():
+                return found
+            reason = "keys are missing"
+        except (OSError, ValueError, RecursionError) as error:
+            reason = str(error)
+        raise CheckpointError(
+            f"{self.start}: is not what was written ({reason}); put it back, or start anew with "
+            "--overwrite"
+        )
+
     def read_events(self) -> list[dict[str, Any]]:
         return _whole_lines(self.events)
+
+    def mend_events(self) -> None:
+        """Without a last line that a crash has cut, to which the next would be appended."""
+        if self.events.exists():
+            write_text(self.events, _text_of(self.read_events()))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return _whole_lines(self.metrics)
 
-    def keep_metrics(self, steps: int) -> None:
-        """Forget the lines after step `steps`: those steps are taken again."""
-        kept = [metrics for metrics in self.read_metrics() if metrics["step"] <= steps]
-        text = "".join(json.dumps(metrics) + "\n" for metrics in kept)
-        write_text(self.metrics, text)
+    def keep_metrics(self, steps: int) -> int:
+        """Forget the lines after step `steps`: those steps are taken again; how many are kept."""
+        lines = self.read_metrics()
+        kept = [line for line in lines if type(line.get("step")) is int and line["step"] <= steps]
+        write_text(self.metrics, _text_of(kept))
+        return len(kept)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -189,7 +209,14 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(values, dict):
+            break
+        found.append(values)
     return found
+
+
+def _text_of(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)

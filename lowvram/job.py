@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -241,6 +240,8 @@ def _begin(job: Job, display: Display) -> None:
 
 
 def _go_on(job: Job, display: Display, *, anyway: bool) -> None:
+    job.start = job.directory.read_start()
+    job.directory.mend_events()
     loaded = restore(job, display, anyway=anyway)
     if loaded is None:
         # Killed between its first file and its first checkpoint: the state is as it was then.
@@ -252,7 +253,6 @@ def _go_on(job: Job, display: Display, *, anyway: bool) -> None:
         job.directory.append_event("resumed", step=job.state.step, **differences)
         for difference in loaded.differences:
             display.warn(f"going on all the same, though {difference}")
-    job.start = json.loads(job.directory.start.read_text(encoding="utf-8"))
     write_text(job.directory.recipe, dump_recipe(job.plan.recipe))
     job.save()
 
@@ -274,7 +274,8 @@ def restore(job: Job, display: Display, *, anyway: bool = False) -> Loaded | Non
     job.pending, job.best = loaded.run["pending"], loaded.run["best"]
     job.saved_step, job.saved_at = job.state.step, time.monotonic()
     recorded = job.state.step - (job.pending is not None)
-    job.directory.keep_metrics(recorded)
+    if job.directory.keep_metrics(recorded) < recorded:
+        display.warn(f"{job.directory.metrics} has lost lines of the {recorded} steps so far")
     if loaded.differences:
         job.saved_step = None  # it is a checkpoint of this recipe now
     return loaded

@@ -102,7 +102,7 @@ def _activation_bytes(plan: Plan) -> int:
 def _hidden_size(plan: Plan) -> int:
     model = plan.recipe.model
     config = known_config(model.name, model.revision).get_text_config()
-    return int(config.hidden_size)
+    return int(getattr(config, "hidden_size", 0))  # a bound the less where it has another name
 
 
 def _pinned_bytes(plan: Plan) -> int:

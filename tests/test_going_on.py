@@ -107,6 +107,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "paged, fp16": {"train.optimizer": "paged_adamw8bit", "train.precision": "fp16"},
     "sgd, bf16": {"train.optimizer": "sgd", "train.precision": "bf16"},
     "full, deterministic": {"method.name": "full", "train.deterministic": True},
+    "full in bf16, rounded by chance": {"method.name": "full", "model.dtype": "bf16"},
     "recomputed": {"fit.gradient_checkpointing": True, "method.dropout": 0.1},
 }
 
@@ -381,6 +382,40 @@ def test_another_card_may_cut_the_step_otherwise(make_recipe: Make, tmp_path: Pa
     losses, wanted = ([line["loss"] for line in lines_of(r)] for r in (recipe, straight))
     assert losses == pytest.approx(wanted, rel=1e-5)
     assert losses[0] == wanted[0]
+
+
+# Records that came to harm
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000])
+def test_a_start_that_is_not_what_was_written(content: str, make_recipe: Make) -> None:
+    """Told before a step is taken, not at the end of the run."""
+    recipe = stopped_at(make_recipe(), 2)
+    RunDirectory(recipe.output_dir).start.write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="start.json: is not what was written"):
+        run(recipe, resume=True, display=QUIET)
+    assert [line["step"] for line in lines_of(recipe)] == [1, 2]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"5\n", b"{}\n", b"[" * 100_000])
+def test_metrics_that_lost_lines_are_told(damage: bytes, make_recipe: Make) -> None:
+    recipe = stopped_at(make_recipe(), 2)
+    path = RunDirectory(recipe.output_dir).metrics
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damage + second[:20])
+    console = Console(record=True, file=io.StringIO(), soft_wrap=True)
+    assert run(recipe, resume=True, display=Display(console, quiet=True)).steps == 3
+    told = "metrics.jsonl has lost lines of the 2 steps so far" in console.export_text()
+    assert told
+    assert [line["step"] for line in lines_of(recipe)] == [1, 3]
+
+
+def test_an_event_that_was_cut_does_not_hide_the_next(make_recipe: Make) -> None:
+    recipe = stopped_at(make_recipe(), 2)
+    with RunDirectory(recipe.output_dir).events.open("a", encoding="utf-8") as file:
+        file.write('{"time": "2026-')
+    events = run(recipe, resume=True, display=QUIET).events
+    assert [event["event"] for event in events] == ["stopped", "resumed"]
 
 
 # Who may write
