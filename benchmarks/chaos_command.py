@@ -90,6 +90,7 @@ def command(home: Path, *arguments: str, strike: Strike = NOTHING) -> Ended:
     (home / "tmp").mkdir(exist_ok=True)
     said, counted = (Path(f"{home}-{name}") for name in ("said", "calls"))
     counted.unlink(missing_ok=True)
+    said.write_text("")  # a child may be killed before its first line
     started = time.monotonic()
     child = os.fork()
     if child == 0:
