@@ -8,6 +8,7 @@ renamed, so that it is there whole or not at all. Nothing in it is a pickle.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lowvram.disk import check_manifest, new_directory, remove, remove_partials
+from lowvram.disk import check_manifest, disk_error, new_directory, remove, remove_partials
 from lowvram.errors import CheckpointError
-from lowvram.memory.measure import is_out_of_memory
+from lowvram.memory.measure import is_device_failure, is_out_of_memory
 from lowvram.random_state import RandomState
 from lowvram.tensorwise import load_state
 from lowvram.train import TrainState
@@ -30,8 +31,14 @@ FORMAT = 2
 WEIGHTS_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-_PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8}")
 _COUNTERS = ("step", "optimizer_steps", "tokens", "nonfinite_in_a_row")
+
+_DAMAGED = (
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, SafetensorError),
+    *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError),
+)
+"""What reading raises where files lack, or hold something else than was written."""
 
 Fingerprint = Mapping[str, Any]
 """What a run depends on, such as its data and the keys of its recipe; JSON values."""
@@ -51,7 +58,7 @@ class Loaded:
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    return directory / f"{_PREFIX}{step:08d}"
+    return directory / f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -73,7 +80,7 @@ def save_checkpoint(
     with new_directory(final, replace=True, manifest=True) as partial:
         partial.mkdir()
         _write(state, partial, {"fingerprint": dict(fingerprint), "run": dict(run or {})})
-    remove_partials(directory)
+    remove_partials(directory, _NAME.pattern)
     kept = [path for path in list_checkpoints(directory) if path <= final][-keep_last:]
     if keep is not None:
         kept.append(checkpoint_path(directory, keep))
@@ -105,13 +112,13 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if path.name.startswith(_PREFIX))
+    return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
 
 
 def newest_facts(directory: Path) -> dict[str, Any] | None:
     """What the newest checkpoint says; None if there is none. Its tensors are not looked at."""
     for path in reversed(list_checkpoints(directory)):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             return _read_facts(path, (STATE_FILE,))
     return None
 
@@ -133,12 +140,14 @@ def load_newest(
             if differences and not anyway:
                 raise _another_run(path, differences)
             _restore(state, path, facts)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):
-                raise
+        except _DAMAGED as error:
+            if is_out_of_memory(error) or is_device_failure(error):
+                raise  # that is no fault of the checkpoint
             reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
             skipped.append(f"skipped {path.name}, which is damaged: {reason}")
             continue
+        except OSError as error:
+            raise disk_error(str(path), error, failed="read") from error
         return Loaded(path=path, run=facts["run"], skipped=skipped, differences=differences)
     if not found:
         return None
@@ -167,6 +176,10 @@ def _read_facts(
         raise ValueError(f"format {found}, this version reads {FORMAT}")
     if not all(type(facts.get(key)) is int and facts[key] >= 0 for key in _COUNTERS):
         raise ValueError(f"{STATE_FILE} counts no steps")
+    if checkpoint_path(path.parent, facts["step"]) != path:
+        raise ValueError(f"{STATE_FILE} is of step {facts['step']}")
+    if not isinstance(facts.get("fingerprint"), dict) or not isinstance(facts.get("run"), dict):
+        raise ValueError(f"{STATE_FILE} does not say which run it is of")
     return facts
 
 

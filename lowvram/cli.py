@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from lowvram import __version__
-from lowvram.errors import LowVRAMError, RecipeError
+from lowvram.errors import DoesNotFit, LowVRAMError, RecipeError
 from lowvram.terminal import printable
 
 _DTYPES = click.Choice(["fp32", "bf16", "fp16"])
@@ -26,6 +26,16 @@ _SYSTEMS = click.Choice(["headless", "desktop", "windows"])
 def _echo(text: str, *, nl: bool = True, err: bool = False) -> None:
     """All that the command prints itself: what came from data cannot steer the terminal."""
     click.echo(printable(text), nl=nl, err=err)
+
+
+def _full_memory(error: BaseException) -> str | None:
+    """What to say if an error is that memory is full."""
+    from lowvram.memory.measure import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    first = (str(error) or "of the host").splitlines()[0]
+    return f"out of memory: {first}; end other programs, or take a smaller model or less at a time"
 
 
 def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,6 +56,15 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             # about it at its end, and exit with a code of its own.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _echo(f"error: {place}{error.strerror or error}", err=True)
+            sys.exit(1)
+        except (RuntimeError, MemoryError) as error:
+            if (message := _full_memory(error)) is None:
+                raise
+            _echo(f"error: {message}", err=True)
+            sys.exit(DoesNotFit.exit_code)
 
     return wrapper
 
@@ -334,6 +353,7 @@ def generate(
         texts = [*prompts, *(_prompt_lines(file) if file else [])]
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--file {file}: cannot be read as UTF-8 text: {error}") from error
+    _check_texts(texts)
     if interactive == bool(texts):
         raise RecipeError("generate: give --prompt (or --file), or --interactive, and not both")
     from lowvram.inputs import check_model
@@ -355,6 +375,11 @@ def generate(
         for record in writer.records(texts):
             _echo(f"{record['prompt']}{record['text']}\n")
             _say_notes(record["notes"])
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise RecipeError("--prompt: holds bytes that are no text in this terminal's encoding")
 
 
 def _prompt_lines(file: Path) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -71,11 +72,13 @@ class RunDirectory:
                 raise CheckpointError(
                     f"output_dir: the run in {self.path} is finished; --overwrite starts it anew"
                 )
-            if not started:
+            if not started and not self.lock.exists():
                 raise CheckpointError(
                     f"output_dir: no run has been started in {self.path}; run without --resume"
                 )
-            return
+            if started:
+                return
+            # One that died before it had begun: it begins now.
         self._keep_inputs(inputs)
         if (finished or started) and not overwrite:
             state = "a finished run" if finished else "an unfinished run"
@@ -92,12 +95,18 @@ class RunDirectory:
             )
 
     def _keep_inputs(self, inputs: Sequence[str]) -> None:
-        replaced = [(self.path / name).resolve() for name in (*_FOLDERS, *_FILES)]
+        try:
+            replaced = [(self.path / name).resolve() for name in (*_FOLDERS, *_FILES)]
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"output_dir: {self.path} cannot be used: {error}") from error
         for name in inputs:
             path = Path(os.path.expanduser(name))
             if not path.exists():
                 continue  # a model or data set of the hub, or a pattern
-            resolved = path.resolve()
+            try:
+                resolved = path.resolve()
+            except (OSError, RuntimeError):  # a loop of links, which is told where it is read
+                continue
             if any(resolved == own or own in resolved.parents for own in replaced):
                 raise CheckpointError(
                     f"output_dir: a new run in {self.path} would replace {name}, which it reads; "
@@ -122,13 +131,13 @@ class RunDirectory:
                     "another with --set output_dir=DIR"
                 ) from None
         try:
-            for directory in (self.path, self.checkpoints):
-                remove_partials(directory)
+            remove_partials(self.path, "|".join(map(re.escape, (*_FILES, *_FOLDERS))))
+            remove_partials(self.checkpoints, r"step-\d{8}")
             yield
         finally:
-            if new and os.listdir(self.path) == [self.lock.name]:
-                with suppress(OSError):  # nothing was begun: leave no trace
-                    self.lock.unlink()
+            with suppress(OSError):
+                if new and os.listdir(self.path) == [self.lock.name]:
+                    self.lock.unlink()  # nothing was begun: leave no trace
                     self.path.rmdir()
             lock.release()
 
@@ -172,7 +181,9 @@ class RunDirectory:
     def read_start(self) -> dict[str, Any]:
         """What was found before the first step."""
         try:
-            found = json.loads(self.start.read_text(encoding="utf-8"))
+            found = None
+            if self.start.is_file():
+                found = json.loads(self.start.read_text(encoding="utf-8"))
             if isinstance(found, dict) and {"perplexity", "samples"} <= found.keys():
                 return found
             reason = "keys are missing"
@@ -204,7 +215,7 @@ class RunDirectory:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The last one may have been cut by a crash."""
-    if not path.exists():
+    if not path.is_file():
         return []
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

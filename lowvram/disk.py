@@ -148,6 +148,8 @@ def check_manifest(directory: Path, names: Iterable[str]) -> None:
 
     Sizes are looked at first, since they cost nothing.
     """
+    if not (directory / MANIFEST).is_file():
+        raise ValueError(f"{MANIFEST} is not there")
     content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{MANIFEST} is not what was written")
@@ -197,16 +199,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_partials(directory: Path) -> None:
-    """What crashed processes left in a directory; for who has it for itself.
+def remove_partials(directory: Path, names: str) -> None:
+    """What crashed processes left of files called as the expression `names` says.
 
-    What one had moved away to replace it, and then did not, goes back to its place.
+    For who has them for itself. What a process had moved away to replace it, and then did not, goes
+    back to its place.
     """
+    left = re.compile(rf"{re.escape(PARTIAL)}({names})-(old-|gone-)?\d+")
     for path in directory.glob(f"{PARTIAL}*"):
-        old = re.fullmatch(rf"{re.escape(PARTIAL)}(.+)-old-\d+", path.name)
+        match = left.fullmatch(path.name)
+        if match is None:
+            continue  # not of ours
         with suppress(OSError):
-            if old and not os.path.lexists(directory / old[1]):
-                os.replace(path, directory / old[1])
+            if match[2] == "old-" and not os.path.lexists(directory / match[1]):
+                os.replace(path, directory / match[1])
             else:
                 remove(path)
 
@@ -224,7 +230,7 @@ def remove_partials_of(final: Path) -> None:
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
     """For as long as the context lasts; those of processes that were killed go first."""
-    with writing(tempfile.gettempdir()):
+    with writing("a temporary directory (TMPDIR)"):
         for path in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
             match = re.fullmatch(rf"{_TEMPORARY}(\d+)-\w+", path.name)
             if match and not psutil.pid_exists(int(match[1])):

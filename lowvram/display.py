@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +27,17 @@ def literal(text: str) -> Text:
     return Text(printable(text))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on: rich would end the process here, before a run can save its state."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class Display:
     """Writes to `console`; with `quiet`, only results and warnings."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Console(highlight=False, soft_wrap=True)
         if console is None and not self.console.is_terminal:
             self.console.width = _PLAIN_WIDTH  # a file has no edge to fold paths at
         self.quiet = quiet

@@ -98,17 +98,16 @@ def finish(job: Job, display: Display, *, started: float) -> RunResult:
 def _best_perplexity(job: Job, display: Display) -> PerplexityResult | None:
     """Of what was trained; with train.keep_best, of the best there was, which then is put out."""
     found = job.perplexity(job.state.model, "adapter perplexity", display)
-    if found is None or job.best is None or job.best["perplexity"] >= found.perplexity:
+    best = job.best if job.settings.keep_best else None
+    if found is None or best is None or best["perplexity"] >= found.perplexity:
         return found
-    path = checkpoint_path(job.directory.checkpoints, job.best["step"])
+    path = checkpoint_path(job.directory.checkpoints, best["step"])
     try:
         load_weights(job.state, path)
     except CheckpointError as error:
         display.warn(f"train.keep_best: the weights of the last step are put out, since {error}")
         return found
-    display.say(
-        f"putting out the weights of step {job.best['step']}, which had the best perplexity"
-    )
+    display.say(f"putting out the weights of step {best['step']}, which had the best perplexity")
     return job.perplexity(job.state.model, "best perplexity", display)
 
 

@@ -43,6 +43,12 @@ class Interrupts:
         """Whether the time for the step under way is over."""
         return self.asked_at is not None and time.monotonic() - self.asked_at > GRACE_SECONDS
 
+    def check(self) -> None:
+        """Where the first signal stops at once, and was lost: Python drops what is raised while an
+        object is being deleted."""
+        if self.asked and not self._patient:
+            raise KeyboardInterrupt
+
     def take(self, number: int, frame: FrameType | None) -> None:
         first, self.asked_at = not self.asked, self.asked_at or time.monotonic()
         if not (first and self._patient):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -26,7 +26,7 @@ from lowvram.needs import Needs, needs_of
 from lowvram.perplexity import PerplexityResult, score
 from lowvram.plan import Plan
 from lowvram.recipe import TrainSection, dump_recipe
-from lowvram.train import StepMetrics, TrainState
+from lowvram.train import TrainState
 
 _PROMPT_TOKENS = 8
 
@@ -46,6 +46,8 @@ class Job:
     """Step and perplexity of the best evaluation so far, with train.keep_best."""
     lowered: dict[str, Any] | None = None
     """From how many rows of a micro-batch to how many, on which device, memory has forced it."""
+    doing: Literal["training", "evaluating", "saving"] = "training"
+    """What fails, if something does."""
     saved_step: int | None = None
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -69,37 +71,38 @@ class Job:
         """A checkpoint of the state as it is, unless there is one."""
         if self.saved_step == self.state.step:
             return
+        self.doing = "saving"
         self.directory.sync_metrics()
+        keeps_best = self.settings.keep_best and self.best is not None
         save_checkpoint(
             self.state,
             self.directory.checkpoints,
             fingerprint=self.fingerprint,
             keep_last=self.settings.keep_last,
-            keep=None if self.best is None else self.best["step"],
+            keep=self.best["step"] if keeps_best and self.best else None,
             run={"pending": self.pending, "best": self.best, "lowered": self.lowered},
         )
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        self.doing = "training"
 
     def save_if_sound(self) -> None:
         """On the way out of a failure; a step that failed half-way leaves nothing to save."""
         if not self.state.spoilt:
             self.save()
 
-    def keep(self, metrics: StepMetrics, display: Display) -> None:
-        """Record a step; evaluate and save when that is due."""
-        self.pending = metrics.to_json()
-        self.complete(display)
-
     def complete(self, display: Display) -> None:
         """What is due after the last step, or still due of it after a failure or a resume."""
-        last, best = self.state.step >= self.plan.total_steps, False
+        last, owed = self.state.step >= self.plan.total_steps, self.doing == "saving"
+        self.doing = "training"
         if self.pending is not None:
             record = dict(self.pending)
             if not last and is_due(record["step"], self.settings.eval_every):
-                best = self._evaluate(record, display)
+                self.doing = "evaluating"
+                owed = self._evaluate(record, display)
+                self.doing = "training"
             self.directory.append_metrics(record)
             self.pending = None
-        if last or best or self._save_is_due():
+        if last or owed or self._save_is_due():
             self.save()
 
     def _evaluate(self, record: dict[str, Any], display: Display) -> bool:
@@ -153,6 +156,7 @@ class Job:
 
     def stop_if_urgent(self) -> None:
         """Within what is long: after a while, a request to stop does not wait for its end."""
+        self.interrupts.check()
         if self.interrupts.urgent:
             raise Stopped
 
@@ -240,19 +244,20 @@ def _begin(job: Job, display: Display) -> None:
 
 
 def _go_on(job: Job, display: Display, *, anyway: bool) -> None:
-    job.start = job.directory.read_start()
-    job.directory.mend_events()
     loaded = restore(job, display, anyway=anyway)
     if loaded is None:
-        # Killed between its first file and its first checkpoint: the state is as it was then.
+        # Killed before its first checkpoint: the state is as it was then, and nothing says of what.
         display.say("no step was saved: beginning with the first")
-    else:
-        display.say(f"going on from {loaded.path}, step {job.state.step}")
-        _lower_again(job, loaded.run["lowered"])
-        differences = {"differences": loaded.differences} if loaded.differences else {}
-        job.directory.append_event("resumed", step=job.state.step, **differences)
-        for difference in loaded.differences:
-            display.warn(f"going on all the same, though {difference}")
+        _begin(job, display)
+        return
+    job.start = job.directory.read_start()
+    job.directory.mend_events()
+    display.say(f"going on from {loaded.path}, step {job.state.step}")
+    _lower_again(job, loaded.run.get("lowered"))
+    differences = {"differences": loaded.differences} if loaded.differences else {}
+    job.directory.append_event("resumed", step=job.state.step, **differences)
+    for difference in loaded.differences:
+        display.warn(f"going on all the same, though {difference}")
     write_text(job.directory.recipe, dump_recipe(job.plan.recipe))
     job.save()
 
@@ -271,7 +276,7 @@ def restore(job: Job, display: Display, *, anyway: bool = False) -> Loaded | Non
             )
         return None
     _say_skipped(loaded.skipped, job, display)
-    job.pending, job.best = loaded.run["pending"], loaded.run["best"]
+    job.pending, job.best = loaded.run.get("pending"), loaded.run.get("best")
     job.saved_step, job.saved_at = job.state.step, time.monotonic()
     recorded = job.state.step - (job.pending is not None)
     if job.directory.keep_metrics(recorded) < recorded:

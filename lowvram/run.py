@@ -51,8 +51,9 @@ def run(
     except BrokenPipeError:
         raise  # of the output: nobody reads on
     except OSError as error:
-        what = str(error.filename or f"output_dir: {directory.path}")
-        raise disk_error(what, error, failed="used") from error
+        if error.filename is None:  # what is printed cannot be; files have names
+            raise disk_error("the output", error) from error
+        raise disk_error(str(error.filename), error, failed="used") from error
     except (RuntimeError, MemoryError) as error:
         # In training both are met where they occur; this is before and after it.
         if is_out_of_memory(error):
@@ -80,8 +81,10 @@ def _run(
     with display.progress("tokenising") as update:
         planned = plan(recipe, lambda done, total: update(done, total, "bytes"))
     announce(planned, display)
-    job = start(planned, directory, display, taken, resume=resume, anyway=anyway)
+    begun = resume and directory.start.exists()
+    job = start(planned, directory, display, taken, resume=begun, anyway=anyway)
     take_steps(job, display)
+    taken.check()
     result = finish(job, display, started=started)
     write_json(directory.result, result.to_json())
     display.show(result_table(result))

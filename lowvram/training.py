@@ -57,11 +57,12 @@ def _attempt(job: Job, update: Update, display: Display) -> str | None:
         if job.device.type == "cuda":
             rehearsal_of(job.state, job.plan.recipe, job.plan.numerics).warm_up()
         for metrics in train(job.state, job.plan.windows(job.state.step)):
+            job.pending = metrics.to_json()  # first of all: from here on the step is not lost
             if metrics.step in (1, total) or is_due(metrics.step, job.settings.log_every):
                 update(metrics.step, total, _step_line(metrics, job, total))
             if metrics.skipped:
                 display.warn(f"step {metrics.step} skipped: {metrics.skipped}")
-            job.keep(metrics, display)
+            job.complete(display)
             if job.interrupts.asked:
                 raise Stopped
     except Stopped:
@@ -79,31 +80,35 @@ def _attempt(job: Job, update: Update, display: Display) -> str | None:
 
 
 def _recover(job: Job, failed: str, failures: int, display: Display) -> None:
-    """Ready for another attempt; DoesNotFit if that would be of no use."""
+    """Ready for another attempt; DoesNotFit if there have been enough of them."""
     release_memory(job.device)
-    rows, between_steps = job.plan.fit.micro_batch_size, job.pending is not None
-    smaller = rows if between_steps else _smaller(job)
+    rows, doing = job.plan.fit.micro_batch_size, job.doing
+    step = job.state.step + (doing == "training" and job.pending is None)
     job.directory.append_event(
-        "out of memory", step=job.state.step + 1, micro_batch_size=rows, message=failed
+        "out of memory", step=step, doing=doing, micro_batch_size=rows, message=failed
     )
-    if smaller is None or failures >= (2 if between_steps else MOST_FAILURES):
+    if failures >= MOST_FAILURES:
         job.save_if_sound()
-        raise DoesNotFit(_too_large(job))
+        raise DoesNotFit(_too_large(job, step, doing))
     if job.state.spoilt and restore(job, display) is None:
-        raise DoesNotFit(_too_large(job))
+        raise DoesNotFit(_too_large(job, step, doing))
+    smaller = _smaller(job) if doing == "training" else rows
     if smaller < rows:
         _lower(job, smaller)
-    display.warn(
-        f"out of memory in step {job.state.step + 1}: going on with micro-batches of {smaller}, "
-        f"{job.plan.fit.gradient_accumulation_steps} a step; the step itself stays the same"
-    )
+        cut = f"{smaller}, {job.plan.fit.gradient_accumulation_steps} a step"
+        display.warn(
+            f"out of memory in step {step}: going on with micro-batches of {cut}; the step itself "
+            "stays the same"
+        )
+    else:
+        display.warn(f"out of memory while {doing}, step {step}: trying again")
 
 
-def _smaller(job: Job) -> int | None:
-    """Half as many rows, or the next fewer that divide the global batch; None if there are none."""
+def _smaller(job: Job) -> int:
+    """Half as many rows, or the next fewer that divide the global batch; as many if none do."""
     size, rows = job.settings.global_batch_size, job.plan.fit.micro_batch_size
     if rows == 1 or job.settings.fused_backward:
-        return None
+        return rows
     return max(n for n in range(1, rows // 2 + 1) if size % n == 0)
 
 
@@ -114,7 +119,7 @@ def _lower(job: Job, rows: int) -> None:
     write_text(job.directory.recipe, dump_recipe(job.plan.recipe))
 
 
-def _too_large(job: Job) -> str:
+def _too_large(job: Job, step: int, doing: str) -> str:
     chosen, recipe = job.plan.fit, job.plan.recipe
     levers = [
         f"fit.micro_batch_size below {chosen.micro_batch_size}" * (chosen.micro_batch_size > 1),
@@ -125,11 +130,11 @@ def _too_large(job: Job) -> str:
         f"fit.max_seq_len below {chosen.max_seq_len}",
         "model.dtype: nf4" * (recipe.method.name != "full" and recipe.model.dtype != "nf4"),
     ]
-    return (
-        f"out of memory in step {job.state.step + 1}: {chosen.micro_batch_size} sequences of "
-        f"{chosen.max_seq_len} tokens do not fit. {_where_saved(job)}What helps: "
-        + ", ".join(lever for lever in levers if lever)
-    )
+    what = f"{chosen.micro_batch_size} sequences of {chosen.max_seq_len} tokens do not fit"
+    if doing != "training":
+        what = f"there is no room for {doing}, tried {MOST_FAILURES} times"
+    helps = ", ".join(lever for lever in levers if lever)
+    return f"out of memory in step {step}: {what}. {_where_saved(job)}What helps: {helps}"
 
 
 def _where_saved(job: Job) -> str:

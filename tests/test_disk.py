@@ -170,7 +170,7 @@ def test_a_directory_is_replaced_whole_or_not_at_all(
     assert failed == (len(seen) >= at)
     # When only the last flush fails, the new one is in its place already, and whole.
     assert read(final) in (("old", "new") if failed else ("new",))
-    remove_partials(tmp_path)
+    remove_partials(tmp_path, "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
@@ -222,7 +222,7 @@ def test_a_crash_between_the_two_renames_is_undone(
         with pytest.raises(Killed):
             fill(final, "new")
     assert not final.exists()
-    remove_partials(tmp_path)
+    remove_partials(tmp_path, "final")
     assert read(final) == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
@@ -234,9 +234,18 @@ def test_a_directory_goes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         remove(tmp_path / "final")
     assert not (tmp_path / "final").exists()
-    remove_partials(tmp_path)
+    remove_partials(tmp_path, "final")
     assert list(tmp_path.iterdir()) == []
     remove(tmp_path / "none")
+
+
+def test_files_of_others_are_not_cleared_up(tmp_path: Path) -> None:
+    kept = [".partial-thesis.tex", ".partial-photos", ".partial-final", ".partial-other-12"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".partial-final-12").mkdir()
+    remove_partials(tmp_path, "final|x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_links_are_removed_and_not_what_they_lead_to(tmp_path: Path) -> None:

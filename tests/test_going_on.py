@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -26,13 +27,14 @@ from lowvram.checkpoint import list_checkpoints
 from lowvram.cli import main
 from lowvram.directory import RunDirectory
 from lowvram.display import Display
-from lowvram.errors import CheckpointError, Interrupted
+from lowvram.errors import CheckpointError, DoesNotFit, Interrupted
 from lowvram.interrupts import GRACE_SECONDS
 from lowvram.recipe import Recipe, dump_recipe
 from lowvram.run import run
 
-TRAIN, JOB, DISK, BUILD, INTERRUPTS = (
-    import_module(f"lowvram.{name}") for name in ("train", "job", "disk", "build", "interrupts")
+TRAIN, JOB, DISK, BUILD, INTERRUPTS, CHECKPOINT = (
+    import_module(f"lowvram.{name}")
+    for name in ("train", "job", "disk", "build", "interrupts", "checkpoint")
 )
 QUIET = Display(quiet=True)
 TIMES = ("seconds", "tokens_per_second")
@@ -418,6 +420,196 @@ def test_an_event_that_was_cut_does_not_hide_the_next(make_recipe: Make) -> None
     assert [event["event"] for event in events] == ["stopped", "resumed"]
 
 
+def rewrite_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Spoil state.json, and make its manifest agree."""
+    facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    changed = change(facts)
+    (path / "state.json").write_text(json.dumps(facts if changed is None else changed))
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["state.json"] = DISK._size_and_hash(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f.update(step=10**30),
+        lambda f: f.update(step="2"),
+        lambda f: f.update(step=1),
+        lambda f: f.update(tokens=None),
+        lambda f: f.update(run=1),
+        lambda f: f.update(fingerprint=[]),
+        lambda f: f.update(optimizer=1),
+        lambda f: f["random"].update(python=[3, [2**99], None]),
+        lambda f: f["random"].update(cpu="00"),
+        lambda f: f.pop("random"),
+        lambda f: [1],
+    ],
+)
+def test_a_state_that_makes_no_sense_is_skipped(
+    change: Callable[[dict[str, Any]], Any], make_recipe: Make
+) -> None:
+    """Though its manifest agrees with it: the checkpoint before it is gone on from."""
+    recipe = stopped_at(make_recipe(**{"train.save_every": 1}), 2)
+    newest = list_checkpoints(RunDirectory(recipe.output_dir).checkpoints)[-1]
+    rewrite_state(newest, change)
+    assert run(recipe, resume=True, display=QUIET).steps == 3
+    events = [event["event"] for event in lines_of(recipe, "events.jsonl")]
+    assert events == ["stopped", "checkpoint skipped", "resumed"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("CUDA out of memory")]
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
+    error: Exception, make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped_at(make_recipe(), 2)
+    checkpoints = RunDirectory(recipe.output_dir).checkpoints
+    before = list_checkpoints(checkpoints)
+
+    def fail(path: Path) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CHECKPOINT, "load_file", fail)
+        with pytest.raises((CheckpointError, DoesNotFit)):
+            run(recipe, resume=True, display=QUIET)
+    assert list_checkpoints(checkpoints) == before
+    assert run(recipe, resume=True, display=QUIET).steps == 3
+
+
+def test_names_like_checkpoints_are_none(make_recipe: Make) -> None:
+    recipe = stopped_at(make_recipe(**{"train.save_every": 1}), 2)
+    stray = RunDirectory(recipe.output_dir).checkpoints / "step-00000002.bak"
+    stray.mkdir()
+    run(recipe, resume=True, display=QUIET)
+    assert stray.is_dir()
+
+
+def test_another_base_before_the_first_checkpoint(
+    make_recipe: Make, gpt2_dir: Path, dropout_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    """There is nothing to compare with yet: the base is measured anew."""
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JOB, "save_checkpoint", die)
+        with pytest.raises(Killed):
+            run(make_recipe(), display=QUIET)
+    other = {
+        "data.format": "paragraphs",
+        "data.validation_fraction": 0,
+        "model.name": str(gpt2_dir),
+    }
+    straight = make_recipe(output_dir=str(tmp_path / "s"), **other)
+    wanted = run(straight, display=QUIET)
+    assert run(make_recipe(**other), resume=True, display=QUIET).perplexity == wanted.perplexity
+
+
+def test_the_best_is_given_up_when_asked(getting_worse: Make) -> None:
+    recipe = killed_at(getting_worse(**{"train.keep_best": True}), 7)
+    last = run(getting_worse(), resume=True, display=QUIET)
+    other = run(getting_worse(), overwrite=True, display=QUIET)
+    assert last.perplexity == other.perplexity
+    assert Path(recipe.output_dir).is_dir()
+
+
+def test_a_step_is_not_lost_when_it_cannot_be_shown(make_recipe: Make, tmp_path: Path) -> None:
+    """The terminal, or the file that it is redirected to, fails in mid-run; the state is saved."""
+    settings = {"train.log_every": 1, "train.eval_every": 2, "train.max_steps": 5}
+    straight = make_recipe(output_dir=str(tmp_path / "s"), **settings)
+    run(straight, display=QUIET)
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            if "training 2/" in text:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(text)
+
+    recipe = make_recipe(**settings)
+    with pytest.raises(CheckpointError, match="the output: cannot be written: No space left"):
+        run(recipe, display=Display(Console(file=Full())))
+    run(recipe, resume=True, display=QUIET)
+    assert end_of(recipe) == end_of(straight)
+
+
+def test_nobody_reads_on(make_recipe: Make, tmp_path: Path) -> None:
+    """As in `lowvram run ... | head`: the state is saved."""
+    path = tmp_path / "piped.yaml"
+    recipe = make_recipe(**{"train.max_steps": 400, "train.log_every": 1})
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "lowvram", "run", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("training 2/"):
+                break
+        process.stdout.close()
+        assert process.wait() == 1
+    last = lines_of(recipe)[-1]["step"]
+    newest = list_checkpoints(RunDirectory(recipe.output_dir).checkpoints)[-1]
+    assert newest.name == f"step-{last + 1:08d}"
+
+
+def test_a_signal_that_was_swallowed_is_heard_later(make_recipe: Make) -> None:
+    """Python drops what is raised while an object is deleted; the next look finds it."""
+    recipe = make_recipe()
+    original = JOB.Job.samples
+
+    def samples(job: Any, model: Any) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        return original(job, model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JOB.Job, "samples", samples)
+        with pytest.raises(Interrupted, match="Nothing was begun|last state that was saved"):
+            run(recipe, display=QUIET)
+    assert run(recipe, resume=RunDirectory(recipe.output_dir).start.exists(), display=QUIET).steps
+
+
+def test_resume_begins_what_died_before_it_had_begun(make_recipe: Make) -> None:
+    recipe = make_recipe()
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JOB, "write_json", die)
+        patch.setattr(Path, "rmdir", die)
+        with pytest.raises(Killed):
+            run(recipe, display=QUIET)
+    Path(recipe.output_dir).mkdir(exist_ok=True)
+    RunDirectory(recipe.output_dir).lock.touch()
+    assert run(recipe, resume=True, display=QUIET).steps == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_metrics_are_on_the_disk_before_their_checkpoint(make_recipe: Make) -> None:
+    """Or power that goes would leave a checkpoint that is later than its records."""
+    order: list[str] = []
+    original = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def fsync(descriptor: int) -> None:
+        order.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        original["fsync"](descriptor)
+
+    def replace(source: Any, target: Any) -> None:
+        order.append(f"replace {Path(target).name}")
+        original["replace"](source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "replace", replace)
+        run(make_recipe(**{"train.max_steps": 1}), display=QUIET)
+    visible = order.index("replace step-00000001")
+    assert "fsync metrics.jsonl" in order[:visible]
+    assert order[visible + 1] == "fsync checkpoints"
+
+
 # Who may write
 
 HOLD = """
@@ -449,7 +641,10 @@ def test_two_runs_in_one_directory(make_recipe: Make) -> None:
 def test_what_a_crash_left_goes_at_the_next_start(make_recipe: Make) -> None:
     recipe = killed_at(make_recipe(), 2)
     directory = RunDirectory(recipe.output_dir)
-    left = [directory.path / ".partial-merged-4711", directory.checkpoints / ".partial-step-9-4711"]
+    left = [
+        directory.path / ".partial-merged-4711",
+        directory.checkpoints / ".partial-step-00000009-4711",
+    ]
     for path in left:
         path.mkdir()
     (directory.path / ".partial-result.json-4711").write_text("{")

@@ -203,7 +203,7 @@ def test_after_several_failures_it_is_saved_and_stops(
     card = put_in(monkeypatch, Card(rows=0, at=4, error=FULL[0]))
     with pytest.raises(DoesNotFit) as error:
         run(recipe, display=QUIET)
-    assert card.seen == [4, 4, 4, 4, 2, 1]
+    assert card.seen == [4, 4, 4, 4, 2, 1, 1, 1]
     text = str(error.value)
     assert text.startswith(
         "out of memory in step 4: 1 sequences of 64 tokens do not fit. The state"
@@ -274,7 +274,7 @@ def test_an_evaluation_that_never_fits_stops_the_run(
 
     monkeypatch.setattr(JOB, "score", fail)
     recipe = make(**{"train.eval_every": 2})
-    with pytest.raises(DoesNotFit, match="The state of step 2 is saved"):
+    with pytest.raises(DoesNotFit, match="room for evaluating, tried 5 times. The state of step 2"):
         run(recipe, display=QUIET)
     monkeypatch.setattr(JOB, "score", original)
     run(recipe, resume=True, display=QUIET)
@@ -324,6 +324,20 @@ def test_a_card_that_fails_stops_the_run(make: Make, monkeypatch: pytest.MonkeyP
     )
     events = [event["event"] for event in lines_of(directory, "events.jsonl")]
     assert events == ["card failed"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_cannot_be_cut_is_tried_again(
+    fused: bool, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may have been short for a moment only."""
+    changes = {"method.name": "full", "train.fused_backward": True, "train.max_grad_norm": None}
+    recipe = make(**(changes if fused else {"fit.micro_batch_size": 1}))
+    card = put_in(monkeypatch, Card(rows=0, at=3, error=FULL[0], times=2))
+    result = run(recipe, display=QUIET)
+    assert result.fit["micro_batch_size"] == (4 if fused else 1)
+    assert [event["event"] for event in result.events] == ["out of memory"] * 2
+    assert len(card.seen) == (5 + 2 if fused else 3 + 1 + 20)
 
 
 def test_fused_updates_cannot_be_cut(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

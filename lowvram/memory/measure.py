@@ -90,6 +90,7 @@ _OUT_OF_MEMORY = (
     "Triton Error [CUDA]: out of memory",
     "out of memory at line",  # bitsandbytes
     "DefaultCPUAllocator: can't allocate memory",
+    "Cannot allocate memory",  # of a file that is mapped
 )
 
 
