@@ -73,13 +73,13 @@ class Job:
             return
         self.doing = "saving"
         self.directory.sync_metrics()
-        keeps_best = self.settings.keep_best and self.best is not None
+        best = self.best if self.settings.keep_best else None
         save_checkpoint(
             self.state,
             self.directory.checkpoints,
             fingerprint=self.fingerprint,
             keep_last=self.settings.keep_last,
-            keep=self.best["step"] if keeps_best and self.best else None,
+            keep=None if best is None else best["step"],
             run={"pending": self.pending, "best": self.best, "lowered": self.lowered},
         )
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
