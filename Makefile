@@ -22,7 +22,7 @@ check: $(VENV)/.installed
 
 # Five minutes: runs that are killed, disks that fail, recipes that are no recipes.
 chaos: $(VENV)/.installed
-	$(BIN)/python benchmarks/chaos.py --minutes 4
+	$(BIN)/python benchmarks/chaos.py --minutes 4 --if-possible
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000 --seconds 20
 
 # torch goes first: the other packages then find it there and do not choose a build of their own.
