@@ -1,6 +1,6 @@
 """Runs that are killed at any moment, on disks that fail at any call: is anything lost?
 
-    python benchmarks/chaos.py --minutes 60 --seed 1   # the table of RESULTS.md
+    python benchmarks/chaos.py --minutes 20 --seed 1   # the table of RESULTS.md
     python benchmarks/chaos.py --minutes 3             # a slice of it
 
 It needs Linux and a C compiler.
